@@ -1,0 +1,2 @@
+//! The XDP program (placeholder until the program room lands).
+fn main() {}

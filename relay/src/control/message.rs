@@ -1,0 +1,257 @@
+//! What client and supervisor say to each other, and the JSON that `--json` prints (INTERFACE.md).
+//!
+//! Plain data: must never hold behaviour. Keys are a contract; add, never rename.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Version of this protocol; a server refuses another major.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// What a client asks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// Add one rule (text form).
+    RuleAdd {
+        /// The line.
+        rule: String,
+    },
+    /// Delete one rule.
+    RuleDel {
+        /// Its id.
+        id: String,
+    },
+    /// List the rules.
+    RuleList,
+    /// Health.
+    Status,
+    /// Counters.
+    Stats,
+    /// Make the running set equal to these lines.
+    Apply {
+        /// The lines of the new set.
+        rules: Vec<String>,
+        /// Only say what would change.
+        dry_run: bool,
+    },
+    /// Write the running set to a file (the supervisor's `--config` where `None`).
+    RuleSave {
+        /// Absolute path.
+        file: Option<String>,
+    },
+    /// Stop as on SIGTERM.
+    Shutdown,
+}
+
+/// What the supervisor answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "response", content = "body", rename_all = "snake_case")]
+pub enum Response {
+    /// Done; the id of the rule concerned, or what changed, in words.
+    Done(String),
+    /// Answer to [`Request::RuleList`].
+    Rules(Vec<RuleInfo>),
+    /// Answer to [`Request::Status`].
+    Status(Box<Status>),
+    /// Answer to [`Request::Stats`].
+    Stats(Box<Stats>),
+    /// Refused: nothing was changed.
+    Error(ErrorBody),
+}
+
+/// `{"error":{…}}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// Exit code of the command (INTERFACE.md).
+    pub code: u8,
+    /// One line.
+    pub message: String,
+    /// The field at fault, or empty.
+    pub field: String,
+    /// The remedy, or empty.
+    pub hint: String,
+}
+
+/// A rule as it runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleInfo {
+    /// Name.
+    pub id: String,
+    /// Canonical text.
+    pub rule: String,
+    /// `kernel`, `xsk`, `packet` or `pending`.
+    pub path: String,
+    /// `tx`, `coalesce`, `uring`, `plain` or empty.
+    pub engine: String,
+    /// Why this path.
+    pub reason: String,
+    /// Whether the relay's join stands.
+    pub joined: bool,
+}
+
+/// `relay status`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The relay's version.
+    pub version: String,
+    /// The supervisor process.
+    pub supervisor: SupervisorInfo,
+    /// Interfaces of the rules.
+    pub interfaces: Vec<InterfaceInfo>,
+    /// Workers.
+    pub workers: Vec<WorkerInfo>,
+    /// Rules in force.
+    pub rules: u64,
+    /// Epoch of the rule snapshot.
+    pub epoch: u64,
+}
+
+/// The supervisor in [`Status`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SupervisorInfo {
+    /// Process id.
+    pub pid: u32,
+    /// Since start.
+    pub uptime_ms: u64,
+    /// Effective capabilities by name.
+    pub capabilities: Vec<String>,
+}
+
+/// An interface in [`Status`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct InterfaceInfo {
+    /// Name.
+    pub name: String,
+    /// `af_xdp_zero_copy af_xdp_copy af_xdp_generic af_packet af_packet_plain`, or `none` while it is missing.
+    pub backend: String,
+    /// Why this rung.
+    pub reason: String,
+    /// Driver name.
+    pub driver: String,
+    /// Queues served.
+    pub queues: u32,
+    /// Whether rules take packets here.
+    pub ingress: bool,
+    /// Whether rules send here.
+    pub egress: bool,
+}
+
+/// A worker in [`Status`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct WorkerInfo {
+    /// Number.
+    pub id: u32,
+    /// Process id; 0 between two processes.
+    pub pid: u32,
+    /// `boot run halt fail degraded`.
+    pub state: String,
+    /// CPU it is pinned to, or -1.
+    pub cpu: i32,
+    /// Replacements so far.
+    pub restarts: u64,
+    /// How the last one ended, in words; empty for none.
+    pub last_exit: String,
+    /// Age of the last heartbeat.
+    pub heartbeat_age_ms: u64,
+    /// `fused` or `split`.
+    pub pipeline: String,
+    /// `spin`, `adaptive` or `poll`.
+    pub wait: String,
+    /// Uid it runs as.
+    pub uid: u32,
+}
+
+/// `relay stats`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// Per interface.
+    pub interfaces: Vec<InterfaceStats>,
+    /// Per rule.
+    pub rules: Vec<RuleStats>,
+    /// Where the frames are, all workers together.
+    pub frames: FrameStats,
+}
+
+/// An interface's counters. `rx_packets == Σ rules' rx_packets of this ingress (deleted rules under `retired`) + Σ drops`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceStats {
+    /// Name.
+    pub name: String,
+    /// Packets taken from the interface for the relay (redirected, or accepted by the packet path).
+    pub rx_packets: u64,
+    /// Their bytes.
+    pub rx_bytes: u64,
+    /// Packets XDP left to the kernel (0 where no XDP runs).
+    pub passed: u64,
+    /// `passed` by reason.
+    pub passed_by: BTreeMap<String, u64>,
+    /// Packets lost before a rule could take them, by reason.
+    pub drops: BTreeMap<String, u64>,
+    /// Packets counted by rules of this ingress that have been deleted since.
+    pub retired: u64,
+    /// Packets sent out of this interface.
+    pub tx_packets: u64,
+    /// Their bytes.
+    pub tx_bytes: u64,
+}
+
+/// A rule's counters. Per output: `tx_packets + Σ drops == rx_packets − Σ rule drops`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleStats {
+    /// Name.
+    pub id: String,
+    /// Packets the rule took.
+    pub rx_packets: u64,
+    /// Their bytes.
+    pub rx_bytes: u64,
+    /// Packets dropped for all outputs, by reason.
+    pub drops: BTreeMap<String, u64>,
+    /// Per output.
+    pub outputs: Vec<OutputStats>,
+}
+
+/// An output's counters.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutputStats {
+    /// Position in the rule, from 0.
+    pub index: u32,
+    /// Interface.
+    pub egress: String,
+    /// Destination `ADDR:PORT` as rewritten, or `keep`.
+    pub to: String,
+    /// Packets handed to the egress ring.
+    pub tx_packets: u64,
+    /// Their bytes.
+    pub tx_bytes: u64,
+    /// Packets this output did not get, by reason.
+    pub drops: BTreeMap<String, u64>,
+}
+
+/// Where the frames are. The places sum to `total`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrameStats {
+    /// Frames of all UMEMs.
+    pub total: u64,
+    /// In the pools.
+    pub free: u64,
+    /// In fill rings (or posted as receive buffers).
+    pub fill: u64,
+    /// In RX rings.
+    pub rx: u64,
+    /// In egress rings.
+    pub egress: u64,
+    /// In return rings.
+    #[serde(rename = "return")]
+    pub returning: u64,
+    /// In TX rings.
+    pub tx: u64,
+    /// In completion rings.
+    pub completion: u64,
+    /// In a worker's hand.
+    pub hand: u64,
+    /// With the kernel, in no ring.
+    pub kernel: u64,
+    /// Lost to invalid descriptors.
+    pub lost_invalid: u64,
+}

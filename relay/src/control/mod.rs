@@ -1,0 +1,2 @@
+//! The control socket: messages, server, client.
+pub mod message;

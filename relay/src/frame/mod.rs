@@ -1,0 +1,35 @@
+//! UMEM memory and the frames in it. A [`Frame`] is a token: whoever holds it owns the frame's bytes.
+//!
+//! Must never know a NIC or a rule. Invariant 1: every frame is in exactly one place. A `Frame` is neither Copy nor
+//! Clone; it is made only by [`Umem::claim`] (from a validated ring entry) and ends only by being put into a ring or pool.
+
+pub mod pool;
+pub mod umem;
+
+pub use pool::Pool;
+pub use umem::{Frame, Umem, UmemError};
+
+/// Bytes of one frame. Power of two, as the kernel's aligned-chunk mode wants it.
+pub const FRAME_SIZE: u32 = 2048;
+/// Where received data starts in a frame (XDP_PACKET_HEADROOM; the kernel's own, ours registers 0 more).
+pub const HEADROOM: u32 = 256;
+/// Bytes of packet one frame can hold.
+pub const FRAME_CAPACITY: u32 = FRAME_SIZE - HEADROOM;
+/// Frames one packet can span (9000-byte packets with room to spare).
+pub const MAX_FRAGMENTS: usize = 6;
+
+/// A run of bytes in one frame, as the kernel's rings and ours carry it. Layout of `struct xdp_desc`
+/// (linux/if_xdp.h): `addr u64, len u32, options u32`, 16 bytes. Untrusted until [`Umem::claim`] accepts it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct RawDesc {
+    /// Offset in the UMEM of the first byte.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u32,
+    /// [`CONTINUES`] and, in our own egress ring, the output number.
+    pub options: u32,
+}
+
+/// `XDP_PKT_CONTD`: the packet goes on in the next descriptor.
+pub const CONTINUES: u32 = 1;

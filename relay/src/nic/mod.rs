@@ -1,0 +1,118 @@
+//! The port contract: what a NIC queue can do for the data path, whichever kernel interface is behind it.
+//!
+//! A port is (interface, queue). Its receiving half is a [`Receive`], its sending half a [`Transmit`]. Must never know a
+//! rule, the data path's logic or the control path. Rooms: `afxdp/` and `afpacket/` implement the contract, `memory`
+//! is the NIC of the tests.
+
+pub mod afpacket;
+pub mod afxdp;
+
+use crate::frame::{Frame, MAX_FRAGMENTS, Pool, RawDesc, Umem};
+use arrayvec::ArrayVec;
+
+/// Packets of one batch at most.
+pub const BATCH_LEN: usize = 64;
+/// Descriptors of one batch at most (a batch ends on a packet boundary).
+pub const BATCH_DESCS: usize = BATCH_LEN + MAX_FRAGMENTS;
+
+/// One piece of a packet: the frame, where the data starts in it, and how long it is.
+#[derive(Debug)]
+pub struct Fragment {
+    /// The frame's token.
+    pub frame: Frame,
+    /// First byte of data in the frame.
+    pub offset: u32,
+    /// Bytes of data.
+    pub len: u32,
+}
+
+/// What the receiving side already knows of a packet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hint {
+    /// Rule slot and serial that XDP chose; `None` where user space has to match itself.
+    pub rule: Option<(u32, u32)>,
+    /// The kernel said (PACKET_AUXDATA, TP_STATUS_CSUMNOTREADY) that the UDP checksum is not final.
+    pub partial: bool,
+}
+
+/// A received packet: 1 to [`MAX_FRAGMENTS`] pieces in order; headers are in the first.
+#[derive(Debug)]
+pub struct Packet {
+    /// The pieces.
+    pub fragments: ArrayVec<Fragment, MAX_FRAGMENTS>,
+    /// What the receiving side knows.
+    pub hint: Hint,
+}
+
+/// Packets of one turn, in order of arrival.
+pub type Batch = ArrayVec<Packet, BATCH_LEN>;
+
+/// Receiving half of a port.
+pub trait Receive {
+    /// Takes up to `max` (≤ [`BATCH_LEN`]) packets into `batch` (empty on entry), whole packets only. The entries stay
+    /// in the kernel's ring until [`Receive::release`], so that a successor finds them again after a kill.
+    /// Packets that can't be taken (more than [`MAX_FRAGMENTS`] pieces, an invalid descriptor) are counted in
+    /// [`ReceiveCounters`], their frames go to `spare`.
+    fn receive(&mut self, umem: &Umem, max: usize, batch: &mut Batch, spare: &mut ArrayVec<Frame, BATCH_DESCS>);
+    /// Gives the ring entries of the last [`Receive::receive`] back to the kernel. The last store of a turn.
+    fn release(&mut self);
+    /// Free-running consumer index of the receive ring (for the journal); 0 where the ring dies with the worker.
+    fn position(&self) -> u32;
+    /// Hands free frames to the kernel until it has enough of them or the pool is empty. Returns how many.
+    fn refill(&mut self, umem: &Umem, pool: &mut Pool) -> u32;
+    /// Frames the port wants to have standing with the kernel.
+    fn depth(&self) -> u32;
+    /// Counters of this half.
+    fn counters(&self) -> ReceiveCounters;
+}
+
+/// Cumulative counters of a receiving half since the worker adopted it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReceiveCounters {
+    /// Packets dropped because they had more than [`MAX_FRAGMENTS`] pieces or were larger than their buffer.
+    pub too_big: u64,
+    /// Descriptors the UMEM refused.
+    pub invalid: u64,
+    /// Packets the kernel dropped because no free frame stood in the fill ring (or no buffer was posted).
+    pub kernel_dropped: u64,
+    /// Packets the kernel dropped because the receive ring was full.
+    pub ring_full: u64,
+}
+
+/// What a wake-up said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kick {
+    /// Done, or nothing to do.
+    Done,
+    /// Benign: try again next turn (EAGAIN, EBUSY, ENOBUFS).
+    Again,
+    /// The interface is down (ENETDOWN).
+    Down,
+    /// The interface is gone for this socket (ENXIO).
+    Gone,
+}
+
+/// Sending half of a port.
+pub trait Transmit {
+    /// Descriptors that can be put before the next [`Transmit::publish`] without overrunning the ring.
+    fn free(&mut self) -> u32;
+    /// Writes one descriptor (`options` = [`crate::frame::CONTINUES`] or 0). The caller keeps within [`Transmit::free`].
+    fn put(&mut self, desc: RawDesc);
+    /// Makes the put descriptors visible to the kernel.
+    fn publish(&mut self);
+    /// Wakes the kernel if that is needed. At most a bounded number of system calls.
+    fn kick(&mut self) -> Result<Kick, nix::errno::Errno>;
+    /// Takes up to `out`'s capacity completed frames' UMEM addresses. They stay in the kernel's ring until
+    /// [`Transmit::reaped`].
+    fn reap(&mut self, out: &mut ArrayVec<u64, BATCH_LEN>);
+    /// Gives the entries of the last [`Transmit::reap`] back to the kernel.
+    fn reaped(&mut self);
+    /// Free-running producer index of the send ring.
+    fn position(&self) -> u32;
+    /// Free-running consumer index of the completion ring.
+    fn reap_position(&self) -> u32;
+    /// Frames handed to the kernel and not yet reaped.
+    fn outstanding(&self) -> u32;
+    /// Packets the kernel refused for good since the worker adopted the port (by the send's errno; 0 on AF_XDP).
+    fn failed(&self) -> u64;
+}

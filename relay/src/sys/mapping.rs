@@ -1,0 +1,58 @@
+//! A shared memory mapping that is unmapped when dropped.
+//!
+//! Hands out raw pointers only; who reads or writes them says why that is sound.
+#![expect(unsafe_code, reason = "mmap and munmap")]
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use std::num::NonZeroUsize;
+use std::os::fd::AsFd;
+use std::ptr::NonNull;
+
+/// `len` bytes of a descriptor, mapped MAP_SHARED.
+#[derive(Debug)]
+pub struct Mapping {
+    ptr: NonNull<core::ffi::c_void>,
+    len: usize,
+}
+
+// SAFETY: a mapping is an address range owned by this value; it has no thread affinity.
+unsafe impl Send for Mapping {}
+// SAFETY: only the address and the length can be read through a shared reference.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `len` bytes at `offset`, readable, and writable if asked. All pages are touched at once if `populate`.
+    pub fn new(fd: impl AsFd, offset: i64, len: usize, writable: bool, populate: bool) -> nix::Result<Self> {
+        let size = NonZeroUsize::new(len).ok_or(nix::errno::Errno::EINVAL)?;
+        let prot = if writable { ProtFlags::PROT_READ | ProtFlags::PROT_WRITE } else { ProtFlags::PROT_READ };
+        let flags = if populate { MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE } else { MapFlags::MAP_SHARED };
+        // SAFETY: no fixed address is asked for, so no existing mapping can be replaced.
+        let ptr = unsafe { mmap(None, size, prot, flags, fd, offset) }?;
+        Ok(Self { ptr, len })
+    }
+
+    /// First byte.
+    #[inline]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.ptr.as_ptr().cast()
+    }
+
+    /// Bytes.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Never true.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: ptr and len are those of our own mmap, and nothing borrowed from this value outlives it.
+        let unmapped = unsafe { munmap(self.ptr, self.len) };
+        debug_assert!(unmapped.is_ok(), "munmap of our own mapping failed: {unmapped:?}");
+    }
+}

@@ -1,0 +1,1 @@
+//! Helpers of the namespace tests (the namespaces themselves come from `relay::lab`).
