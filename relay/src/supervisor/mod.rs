@@ -1,1 +1,5 @@
-//! placeholder
+//! The supervisor: owns every kernel object, never the data path.
+//!
+//! Must never block on a worker or touch a packet.
+
+pub mod options;
