@@ -24,6 +24,7 @@ struct Storage {
 #[derive(Clone, Copy)]
 struct GroupRequest {
     interface: u32,
+    padding: u32,
     group: Storage,
 }
 
@@ -32,6 +33,7 @@ struct GroupRequest {
 #[derive(Clone, Copy)]
 struct GroupSourceRequest {
     interface: u32,
+    padding: u32,
     group: Storage,
     source: Storage,
 }
@@ -80,13 +82,13 @@ pub(super) enum Membership {
 /// Any-source membership (RFC 3678 §5.1.1) of `group` on the interface.
 pub(super) fn any_source(socket: BorrowedFd<'_>, what: Membership, ifindex: u32, group: IpAddr) -> io::Result<()> {
     let name = if what == Membership::Join { libc::MCAST_JOIN_GROUP } else { libc::MCAST_LEAVE_GROUP };
-    set_option(socket, level(group), name, &GroupRequest { interface: ifindex, group: Storage::new(group) })
+    set_option(socket, level(group), name, &GroupRequest { interface: ifindex, padding: 0, group: Storage::new(group) })
 }
 
 /// Source-specific membership (RFC 3678 §5.1.2).
 pub(super) fn one_source(socket: BorrowedFd<'_>, what: Membership, ifindex: u32, group: IpAddr, source: IpAddr) -> io::Result<()> {
     let name = if what == Membership::Join { libc::MCAST_JOIN_SOURCE_GROUP } else { libc::MCAST_LEAVE_SOURCE_GROUP };
-    let request = GroupSourceRequest { interface: ifindex, group: Storage::new(group), source: Storage::new(source) };
+    let request = GroupSourceRequest { interface: ifindex, padding: 0, group: Storage::new(group), source: Storage::new(source) };
     set_option(socket, level(group), name, &request)
 }
 
