@@ -2,6 +2,7 @@
 //!
 //! One subcommand, one file. Must never become a part of the product.
 
+mod ebpf;
 mod packages;
 mod requirements;
 mod run;
@@ -30,6 +31,8 @@ enum Command {
     Stats,
     /// Show which test proves which promise of the design documents
     Requirements(requirements::Args),
+    /// Build the BPF objects from source, or check the committed ones
+    BuildEbpf(ebpf::Args),
     /// Install what the build needs, and nothing else
     Install,
 }
@@ -43,5 +46,6 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::Stats => stats::run(),
         Command::Requirements(args) => requirements::run(&args),
         Command::Install => packages::install_missing().map(|()| ExitCode::SUCCESS),
+        Command::BuildEbpf(args) => ebpf::run(&args).map(|()| ExitCode::SUCCESS),
     }
 }
