@@ -51,6 +51,9 @@ pub enum RingError {
         /// Layout hash found.
         hash: u64,
     },
+    /// A side that has to write was given a read-only mapping.
+    #[error("memory is mapped read-only: this side has to write its index")]
+    ReadOnly,
     /// The two indices claim more filled slots than there are.
     #[error("ring indices are corrupt: producer {producer}, consumer {consumer}, capacity {capacity}")]
     Indices {

@@ -2,4 +2,5 @@
 //!
 //! Must never block on a worker or touch a packet.
 
+pub mod backoff;
 pub mod options;
