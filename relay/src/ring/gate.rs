@@ -35,14 +35,14 @@ impl Gate {
 
     /// From now on the writer waits for `reader`, which has to see everything after message `published`.
     pub fn admit(&mut self, reader: u32, published: u64) {
-        if let Some(from) = self.from_words().get(reader as usize) {
+        if let Some(from) = self.admissions().get(reader as usize) {
             from.store(published.wrapping_add(1), Ordering::Release);
         }
     }
 
     /// The writer no longer waits for `reader` (it died, or it is too slow).
     pub fn evict(&mut self, reader: u32) {
-        if let Some(from) = self.from_words().get(reader as usize) {
+        if let Some(from) = self.admissions().get(reader as usize) {
             from.store(0, Ordering::Release);
         }
     }
@@ -56,7 +56,7 @@ impl Gate {
     pub fn slowest(&mut self, published: u64) -> Option<Behind> {
         let mut slowest: Option<Behind> = None;
         for reader in 0..self.reader_count {
-            let from = self.from_words().get(reader).map_or(0, |word| word.load(Ordering::Relaxed));
+            let from = self.admissions().get(reader).map_or(0, |word| word.load(Ordering::Relaxed));
             let line = self.reader_count.next_multiple_of(LINE) + reader * LINE;
             let consumed = self.words.get(line).map_or(0, |word| word.load(Ordering::Acquire));
             if from == 0 {
@@ -74,7 +74,7 @@ impl Gate {
         slowest
     }
 
-    fn from_words(&self) -> &[super::sync::AtomicU64] {
+    fn admissions(&self) -> &[super::sync::AtomicU64] {
         self.words.get(..self.reader_count).unwrap_or_default()
     }
 }

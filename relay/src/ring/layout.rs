@@ -156,7 +156,7 @@ impl<T: bytemuck::Pod> Layout<T> {
 }
 
 /// A power of two, and small enough.
-pub(super) const fn check_capacity(capacity: u32) -> Result<(), RingError> {
+pub const fn check_capacity(capacity: u32) -> Result<(), RingError> {
     if capacity.is_power_of_two() && capacity <= MAX_CAPACITY { Ok(()) } else { Err(RingError::Capacity(capacity)) }
 }
 

@@ -2,13 +2,13 @@
 //!
 //! Must never hold logic: whatever stands here is not seen by the model checker.
 
+pub(crate) use core::sync::atomic::Ordering;
 #[cfg(not(loom))]
 pub(crate) use core::sync::atomic::{AtomicU32, AtomicU64, fence};
-pub(crate) use core::sync::atomic::Ordering;
-#[cfg(loom)]
-pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64, fence};
 #[cfg(loom)]
 pub(crate) use loom::cell::UnsafeCell;
+#[cfg(loom)]
+pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64, fence};
 
 /// `core::cell::UnsafeCell` with loom's interface: the pointer exists only inside a closure.
 #[cfg(not(loom))]

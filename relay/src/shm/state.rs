@@ -52,7 +52,9 @@ impl State {
     /// Whether `actor` may go from here to `to`.
     pub const fn may_become(self, to: Self, actor: Actor) -> bool {
         match actor {
-            Actor::Worker => matches!((self, to), (Self::Boot, Self::Run) | (Self::Run, Self::Halt) | (Self::Boot | Self::Run | Self::Halt, Self::Fail)),
+            Actor::Worker => {
+                matches!((self, to), (Self::Boot, Self::Run) | (Self::Run, Self::Halt) | (Self::Boot | Self::Run | Self::Halt, Self::Fail))
+            }
             Actor::Supervisor => matches!((self, to), (_, Self::Fail) | (Self::Halt | Self::Fail, Self::Boot)),
         }
     }
@@ -77,7 +79,10 @@ mod tests {
         const ALL: [State; 4] = [State::Boot, State::Run, State::Halt, State::Fail];
         let edges = |actor| {
             let pairs = ALL.into_iter().flat_map(|from| ALL.map(|to| (from, to)));
-            pairs.filter(|(from, to)| from.may_become(*to, actor)).map(|(from, to)| format!("{}-{}", from.name(), to.name())).collect::<Vec<_>>()
+            pairs
+                .filter(|(from, to)| from.may_become(*to, actor))
+                .map(|(from, to)| format!("{}-{}", from.name(), to.name()))
+                .collect::<Vec<_>>()
         };
         assert_eq!(edges(Actor::Worker), ["boot-run", "boot-fail", "run-halt", "run-fail", "halt-fail"]);
         assert_eq!(edges(Actor::Supervisor), ["boot-fail", "run-fail", "halt-boot", "halt-fail", "fail-boot", "fail-fail"]);
