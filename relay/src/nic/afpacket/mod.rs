@@ -119,7 +119,7 @@ impl<H: Held> PacketReceive<H> {
     /// Name of the backend, as `status` shows it.
     pub const fn backend(&self) -> &'static str {
         match self {
-            Self::Uring(_) => "af_packet_uring",
+            Self::Uring(_) => "af_packet",
             Self::Plain(..) => "af_packet_plain",
         }
     }
@@ -244,7 +244,7 @@ impl<H: Held> PacketTransmit<H> {
     /// Name of the backend, as `status` shows it.
     pub const fn backend(&self) -> &'static str {
         match self {
-            Self::Uring(_) => "af_packet_uring",
+            Self::Uring(_) => "af_packet",
             Self::Plain(..) => "af_packet_plain",
         }
     }
