@@ -4,8 +4,12 @@
 //! outside, as a process and as packets: it must never import the data path, and never touch an interface it did not create
 //! (`send` and `recv` excepted, which use the interface they are given).
 
+pub mod arms;
+pub mod bench;
 pub mod clock;
+pub mod demo;
 pub mod error;
+pub mod generator;
 pub mod netns;
 pub mod pace;
 pub mod packet;
@@ -17,6 +21,9 @@ pub mod socket;
 pub mod sockets_relay;
 pub mod tally;
 pub mod topology;
+pub mod xdp;
+#[cfg(feature = "peers")]
+pub mod xsk;
 
 pub use error::LabError;
 pub use netns::Namespace;

@@ -285,7 +285,7 @@ fn parse_control(mut bytes: &[u8]) -> Meta {
             (libc::IPPROTO_IP, libc::IP_TOS) | (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => meta.tos = data.first().copied(),
             _ => {}
         }
-        bytes = bytes.get(len.next_multiple_of(8).max(HEADER)..).unwrap_or_default();
+        bytes = bytes.get(len.next_multiple_of(8)..).unwrap_or_default();
     }
     meta
 }
@@ -294,7 +294,7 @@ fn control_header(bytes: &[u8]) -> Option<(usize, i32, i32)> {
     let len = usize::from_ne_bytes(bytes.get(..8)?.try_into().ok()?);
     let level = i32::from_ne_bytes(bytes.get(8..12)?.try_into().ok()?);
     let kind = i32::from_ne_bytes(bytes.get(12..16)?.try_into().ok()?);
-    (len >= 16).then_some((len, level, kind))
+    (16..=bytes.len()).contains(&len).then_some((len, level, kind))
 }
 
 fn stamp(data: &[u8]) -> Option<u64> {

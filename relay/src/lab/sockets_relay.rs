@@ -11,7 +11,7 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 /// Datagrams per system call.
@@ -41,7 +41,7 @@ pub struct Route {
 pub struct SocketsRelay {
     stop: Arc<AtomicBool>,
     relayed: Arc<AtomicU64>,
-    switches: Arc<AtomicU64>,
+    task: Arc<AtomicI32>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -49,17 +49,16 @@ impl SocketsRelay {
     /// Joined and running when this returns.
     pub fn start(namespace: &Namespace, route: &Route) -> Result<Self> {
         let (receiver, sender) = namespace.run(|| open(route))??;
-        let (stop, relayed, switches) = (Arc::new(AtomicBool::new(false)), Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
+        let (stop, relayed, task) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default(), Arc::<AtomicI32>::default());
         let (to, cpu) = (route.to, route.cpu);
-        let shared = (Arc::clone(&stop), Arc::clone(&relayed), Arc::clone(&switches));
+        let shared = (Arc::clone(&stop), Arc::clone(&relayed), Arc::clone(&task));
         let thread = std::thread::spawn(move || {
             // An unpinned baseline is still a baseline; the bench checks the CPUs before.
             let _ = cpu.map(clock::pin_thread);
-            let before = clock::own_involuntary_switches();
+            shared.2.store(nix::unistd::gettid().as_raw(), Ordering::Relaxed);
             forward(&receiver, &sender, to, &shared.0, &shared.1);
-            shared.2.store(clock::own_involuntary_switches() - before, Ordering::Relaxed);
         });
-        Ok(Self { stop, relayed, switches, thread: Some(thread) })
+        Ok(Self { stop, relayed, task, thread: Some(thread) })
     }
 
     /// Datagrams sent on so far.
@@ -67,10 +66,9 @@ impl SocketsRelay {
         self.relayed.load(Ordering::Relaxed)
     }
 
-    /// Stops it; datagrams sent on, and involuntary context switches.
-    pub fn stop(mut self) -> (u64, u64) {
-        self.join();
-        (self.relayed(), self.switches.load(Ordering::Relaxed))
+    /// Involuntary context switches of its thread so far.
+    pub fn preemptions(&self) -> u64 {
+        clock::thread_switches(self.task.load(Ordering::Relaxed))
     }
 
     fn join(&mut self) {
