@@ -102,14 +102,14 @@ impl Lab {
 
     fn src_lines(&self) -> String {
         "addr add 10.0.0.1/24 dev s0\naddr add fd00::1/64 dev s0 nodad\nlink set s0 up\n\
-         route add 224.0.0.0/4 dev s0\nroute add default via 10.0.0.2\n-6 route add default via fd00::2\n"
+         route add 224.0.0.0/4 dev s0\nroute add default via 10.0.0.2\nroute add ::/0 via fd00::2\n"
             .into()
     }
 
     fn sink_lines(&self, link: u32) -> String {
         let mut lines = format!("addr add 10.0.{link}.2/24 dev k{link}\naddr add {}/64 dev k{link} nodad\nlink set k{link} up\n", address6(link, 2));
         if link == 1 || self.spec.separate_sinks {
-            let _ = writeln!(lines, "route add 224.0.0.0/4 dev k{link}\nroute add default via 10.0.{link}.1");
+            let _ = writeln!(lines, "route add 224.0.0.0/4 dev k{link}\nroute add default via 10.0.{link}.1\nroute add ::/0 via {}", address6(link, 1));
         }
         lines
     }
