@@ -7,3 +7,4 @@ pub mod counters;
 pub mod edit;
 pub mod fate;
 pub mod journal;
+pub mod rewrite;
