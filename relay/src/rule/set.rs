@@ -34,11 +34,12 @@ pub enum SetError {
     },
     /// Rules feed each other in a circle.
     #[error(
-        "output: rules {ids} feed each other in a circle (send to another group, or use src=ADDR there and except=ADDR on the next rule)"
+        "output: rules {} feed each other in a circle (send to another group, or use src=ADDR there and except=ADDR on the next rule)",
+        .ids.join(" -> ")
     )]
     Cycle {
         /// Their ids in order, the first again at the end.
-        ids: String,
+        ids: Vec<String>,
     },
     /// An ingress needs more lookups per packet than there may be.
     #[error(
@@ -81,6 +82,18 @@ impl SetError {
             Self::Cycle { .. } => "output",
             Self::Invalid { field, .. } => field,
         }
+    }
+
+    /// The last of `rules` (those that were refused) that it speaks of, as an index.
+    pub fn culprit(&self, rules: &[Rule]) -> Option<usize> {
+        let concerned = |rule: &Rule| match self {
+            Self::SameMatch { second: id, .. } | Self::SameId { id, .. } | Self::Invalid { id, .. } | Self::UnknownId { id, .. } => {
+                rule.id == *id
+            }
+            Self::TooManyShapes { ingress, .. } => rule.ingress == *ingress,
+            Self::Cycle { ids } => ids.contains(&rule.id),
+        };
+        rules.iter().rposition(concerned)
     }
 }
 
@@ -171,8 +184,8 @@ impl RuleSet {
     }
 }
 
-/// Everything that must hold, in the order in which a person would want to hear of it.
-fn validate(rules: &[Rule]) -> Result<(), SetError> {
+/// Everything that must hold for and between rules, in the order in which a person would want to hear of it.
+pub fn validate(rules: &[Rule]) -> Result<(), SetError> {
     rules.iter().try_for_each(check_rule)?;
     check_matches(rules)?;
     check_ids(rules)?;
@@ -246,8 +259,8 @@ fn check_shapes(rules: &[Rule]) -> Result<(), SetError> {
 }
 
 fn circle_error(rules: &[Rule], circle: &[usize]) -> SetError {
-    let ids: Vec<&str> = circle.iter().chain(circle.first()).filter_map(|at| rules.get(*at)).map(|rule| rule.id.as_str()).collect();
-    SetError::Cycle { ids: ids.join(" -> ") }
+    let around = circle.iter().chain(circle.first()).filter_map(|at| rules.get(*at));
+    SetError::Cycle { ids: around.map(|rule| rule.id.clone()).collect() }
 }
 
 #[cfg(test)]
