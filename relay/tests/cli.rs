@@ -1,10 +1,11 @@
 //! The binary as scripts meet it: exit codes, error shapes, JSON keys. The daemon is a thread of the test with canned answers.
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test says what it expects")]
 
 use relay::control::message::*;
 use relay::control::server::Server;
 use serde_json::Value;
 use std::fs;
-use std::io;
+use std::io::{self, BufRead};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
@@ -148,6 +149,14 @@ fn req_002_9_bad_arguments_are_exit_code_2() {
         ("rule|add", "RULE"),
         ("rule|del", "ID"),
         ("check", "FILE"),
+        ("send|--iface|lo", "--to"),
+        ("send|--iface|lo|--to|239.1.1.1", "--to"),
+        ("send|--iface|lo|--to|239.1.1.1:5000|--ttl|0", "--ttl"),
+        ("send|--iface|nonexistent0|--to|239.1.1.1:5000", ""),
+        ("recv|--iface|lo|--group|239.1.1.1", "--group"),
+        ("recv|--iface|nonexistent0|--group|239.1.1.1:5000", ""),
+        ("bench|fanout", "fanout"),
+        ("bench|path|--rounds|0", "--rounds"),
         ("run|--workers|0", "--workers"),
         ("run|--workers|65", "--workers"),
         ("run|--workers|two", "--workers"),
@@ -248,6 +257,26 @@ fn json_has_the_keys_of_the_contract() {
     assert_keys(&stats["rules"][0], "id rx_packets rx_bytes drops outputs");
     assert_keys(&stats["rules"][0]["outputs"][0], "index egress to tx_packets tx_bytes drops");
     assert_keys(&stats["frames"], "total free fill rx egress return tx completion hand kernel lost_invalid");
+}
+
+/// A datagram from here to here, and one that never comes.
+#[test]
+fn the_verdict_of_recv_is_its_exit_code() {
+    let nowhere = Path::new("/nonexistent.sock");
+    let arguments = "recv|--iface|lo|--group|127.0.0.1:45671|--count|3|--timeout|5s|--json";
+    let mut receiving = Command::new(env!("CARGO_BIN_EXE_relay"));
+    let mut receiving = receiving.args(words(arguments)).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    io::BufReader::new(receiving.stderr.take().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "listening on lo\n");
+    let sent = relay(nowhere, &words("send|--iface|lo|--to|127.0.0.1:45671|--count|3|--rate|0|--json"));
+    assert_eq!(sent.status.code(), Some(0), "{}", String::from_utf8_lossy(&sent.stderr));
+    let received = receiving.wait_with_output().unwrap();
+    let report: Value = serde_json::from_slice(&received.stdout).unwrap();
+    assert_eq!((received.status.code(), &report["verdict"]), (Some(0), &Value::from("pass")), "{report}");
+    let silent = relay(nowhere, &words("recv|--iface|lo|--group|127.0.0.1:45672|--count|1|--timeout|200ms|--json"));
+    let report: Value = serde_json::from_slice(&silent.stdout).unwrap();
+    assert_eq!((silent.status.code(), &report["verdict"]), (Some(5), &Value::from("fail")), "{report}");
 }
 
 #[test]

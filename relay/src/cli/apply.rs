@@ -25,7 +25,7 @@ pub(super) fn run(args: &ApplyArgs, context: &Context) -> Outcome {
 
 /// Validates the file here, so that an error names its line, then hands its rules to the daemon.
 pub(super) fn changes(file: &Path, dry_run: bool, context: &Context) -> Result<Changes, Failure> {
-    let rules = rules::load(file)?.iter().map(ToString::to_string).collect();
+    let rules = rules::load(file, "FILE")?.iter().map(ToString::to_string).collect();
     match context.ask(&Request::Apply { rules, dry_run })? {
         Response::Changes(changes) => Ok(changes),
         other => Err(unexpected(&other)),

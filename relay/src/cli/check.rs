@@ -21,7 +21,7 @@ struct Verdict {
 
 /// Prints how many rules a valid file has; an invalid one is exit code 2 with its line.
 pub(super) fn run(args: &CheckArgs, context: &Context) -> Outcome {
-    let rules = rules::load(&args.file)?.len() as u64;
+    let rules = rules::load(&args.file, "FILE")?.len() as u64;
     let verdict = Verdict { file: args.file.clone(), rules };
     context.output.facts(&verdict, |_| format!("{}: valid, {}", args.file.display(), count(rules, "rule"))).map(|()| OK)
 }

@@ -4,6 +4,7 @@
 
 use crate::control::client::ClientError;
 use crate::control::message::ErrorBody;
+use crate::lab::LabError;
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
@@ -89,6 +90,23 @@ impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         Self::new(error.exit_code(), error.to_string()).field("--socket").hint(error.hint())
     }
+}
+
+impl From<LabError> for Failure {
+    fn from(error: LabError) -> Self {
+        let code = match &error {
+            LabError::NotRoot | LabError::Missing { .. } | LabError::Invalid(_) => BAD_INPUT,
+            LabError::Io { source, .. } if is_unavailable(source) => BAD_INPUT,
+            LabError::Io { .. } | LabError::Tool { .. } | LabError::Timeout { .. } => 1,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+/// A resource that is missing or forbidden, as opposed to one that failed.
+fn is_unavailable(error: &io::Error) -> bool {
+    let kind = matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::NotFound | io::ErrorKind::AddrNotAvailable);
+    kind || error.raw_os_error() == Some(libc::ENODEV)
 }
 
 /// `text` with white space for line breaks and `\u{…}` for other control characters.

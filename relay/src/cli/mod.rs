@@ -4,16 +4,20 @@
 //! asks the daemon, or hands its options to the supervisor or the lab.
 
 mod apply;
+mod bench;
 mod check;
 mod completions;
+mod demo;
 mod diff;
 pub mod failure;
 mod logs;
 mod man;
 pub mod output;
+mod recv;
 mod rule;
 mod rules;
 mod run;
+mod send;
 mod stats;
 mod status;
 mod usage;
@@ -21,6 +25,7 @@ pub mod values;
 
 use crate::control::client::Client;
 use crate::control::message::{Request, Response};
+use crate::lab;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use failure::Failure;
 use output::Output;
@@ -78,6 +83,15 @@ enum Command {
     Status,
     /// Counters of interfaces, rules, outputs and frames
     Stats,
+    /// Send numbered, stamped datagrams at a steady rate
+    Send(lab::send::Args),
+    /// Receive and verify what `send` sent; the exit code is the verdict
+    Recv(lab::recv::Args),
+    /// Three namespaces, a relay, real traffic, a table and PASS or FAIL
+    Demo(lab::demo::Args),
+    /// Measure, as a table or JSON
+    #[command(subcommand)]
+    Bench(Box<bench::BenchCommand>),
     /// Print the completions of a shell
     Completions(completions::CompletionsArgs),
     /// Write the manual pages into a directory
@@ -131,6 +145,10 @@ fn dispatch(command: Command, context: &Context) -> Outcome {
         Command::Check(args) => check::run(&args, context),
         Command::Status => status::run(context),
         Command::Stats => stats::run(context),
+        Command::Send(args) => send::run(&args, context),
+        Command::Recv(args) => recv::run(&args, context),
+        Command::Demo(args) => demo::run(&args, context),
+        Command::Bench(command) => bench::run(&command, context),
         Command::Completions(args) => completions::run(&args, context),
         Command::Man(args) => man::run(&args, context),
     }
