@@ -93,7 +93,11 @@ impl RelayProcess {
             }
             std::thread::sleep(POLL);
         }
-        Err(LabError::Timeout { what: what.into(), ms: limit.as_millis(), detail: format!("; last status {last}; log: {}", self.log().trim()) })
+        Err(LabError::Timeout {
+            what: what.into(),
+            ms: limit.as_millis(),
+            detail: format!("; last status {last}; log: {}", self.log().trim()),
+        })
     }
 
     /// `relay status --json`.

@@ -17,7 +17,7 @@ use xsk_rs::config::{BindFlags, LibxdpFlags, QueueSize, SocketConfig, UmemConfig
 use xsk_rs::umem::frame::FrameDesc;
 use xsk_rs::{CompQueue, FillQueue, RxQueue, Socket, TxQueue, Umem};
 
-const FRAMES: u32 = 4_096;
+const FRAMES: u32 = 8_192;
 /// Packets the kernel sends per wake-up in copy mode.
 const TX_BUDGET: u32 = 32;
 /// Bound of the wait for the last completions.
@@ -112,7 +112,8 @@ pub fn interface_addresses(iface: &str, v4: bool) -> Result<([u8; 6], IpAddr)> {
     for entry in nix::ifaddrs::getifaddrs().map_err(LabError::io("getifaddrs"))?.filter(|e| e.interface_name == iface) {
         let Some(address) = entry.address else { continue };
         mac = mac.or(address.as_link_addr().and_then(|link| link.addr()));
-        let this = if v4 { address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip())) } else { address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())) };
+        let this =
+            if v4 { address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip())) } else { address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())) };
         ip = ip.or(this);
     }
     match (mac, ip) {
