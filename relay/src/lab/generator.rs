@@ -38,6 +38,8 @@ pub struct Window {
     pub delivered: u64,
     /// Length, s.
     pub seconds: f64,
+    /// Packets that did not fit the queue between `r1` and the sink.
+    pub sink_drops: u64,
     /// The generator was still sending when the window closed; if not, the figures are too low.
     pub covered: bool,
 }
@@ -87,7 +89,7 @@ impl Generator {
         let rate = f64::from(PROBE) / probe.as_secs_f64().max(1e-3);
         let wanted = rate * (length + WARM_UP * 3).as_secs_f64();
         let repeat = wanted.min(MAX_REPEAT) as u32;
-        let before = self.program.count()?;
+        let (before, drops) = (self.program.count()?, sink_drops(lab)?);
         let (seconds, delivered, duration) = std::thread::scope(|scope| {
             let sending = scope.spawn(|| self.send(lab, cpu, repeat));
             let seen = observe(sink, length);
@@ -98,8 +100,16 @@ impl Generator {
         let sent = self.program.count()? - before;
         let pace = sent as f64 / duration.saturating_sub(STALL).as_secs_f64().max(1e-9);
         let covered = duration.as_secs_f64() >= WARM_UP.as_secs_f64() + seconds;
-        Ok(Window { offered: (pace * seconds) as u64, delivered, seconds, covered })
+        let sink_drops = sink_drops(lab)? - drops;
+        Ok(Window { offered: (pace * seconds) as u64, delivered, seconds, sink_drops, covered })
     }
+}
+
+/// Packets dropped between `r1` and its peer so far (transmit drops of `r1`, eleventh column of /proc/net/dev).
+pub fn sink_drops(lab: &Lab) -> Result<u64> {
+    let text = lab.relay.run(|| std::fs::read_to_string("/proc/thread-self/net/dev"))?.map_err(LabError::io("/proc/net/dev"))?;
+    let line = text.lines().find_map(|line| line.trim().strip_prefix("r1:")).unwrap_or_default();
+    Ok(line.split_whitespace().nth(11).and_then(|n| n.parse().ok()).unwrap_or(0))
 }
 
 /// Warms up, then counts for `length`.

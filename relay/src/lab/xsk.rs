@@ -173,6 +173,7 @@ pub fn receive(args: &RecvArgs) -> Result<Report> {
     let mut tally = Tally::new().map_err(|e| LabError::Invalid(e.to_string()))?;
     let mut descs: Vec<FrameDesc> = port.frames.iter().take(filled).copied().collect();
     let mut limits = Limits::new();
+    let softnet = clock::softnet_drops();
     eprintln!("listening on {}", args.iface);
     loop {
         // SAFETY: the RX ring and the descriptors are of the same UMEM.
@@ -192,7 +193,7 @@ pub fn receive(args: &RecvArgs) -> Result<Report> {
         }
     }
     let statistics = port.rx.fd().xdp_statistics().map_err(LabError::io("XDP_STATISTICS"))?;
-    Ok(Report::new(&tally, args.count, statistics.rx_dropped() + statistics.rx_ring_full()))
+    Ok(Report::new(&tally, args.count, statistics.rx_dropped() + statistics.rx_ring_full(), clock::softnet_drops() - softnet))
 }
 
 /// The fill ring has a place for every frame, so this ends.
