@@ -3,5 +3,8 @@
 //! Must never make a system call outside the port contract, take a lock, allocate per packet, log, panic on input, or
 //! know which kernel interface is behind a port.
 
+pub mod counters;
 pub mod edit;
 pub mod fate;
+pub mod journal;
+pub mod rewrite;

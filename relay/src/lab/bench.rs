@@ -347,7 +347,8 @@ pub fn machine() -> Machine {
     }
 }
 
-fn table(report: &Report) -> String {
+/// The report as a table.
+pub fn table(report: &Report) -> String {
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
     table.set_header(["path", "engine", "delivered pps", "min", "max", "× packet", "offered pps", "loss", "notes"]);

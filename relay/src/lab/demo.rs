@@ -233,7 +233,8 @@ fn step(bar: &ProgressBar, what: &str) {
     }
 }
 
-fn table(report: &Report) -> String {
+/// The report as a table.
+pub fn table(report: &Report) -> String {
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
     table.set_header(["backend", "sent", "relayed", "lost", "dup", "reord", "pps", "p50 µs", "p99 µs", "flat out pps"]);

@@ -212,7 +212,8 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<u8> {
     Ok(if report.verdict == Verdict::Pass { EXIT_OK } else { EXIT_VERDICT })
 }
 
-fn receive(args: &Args) -> Result<Report> {
+/// Receives in the calling thread's namespace.
+pub fn receive(args: &Args) -> Result<Report> {
     match args.backend {
         Backend::Sockets => {
             let receiver = Receiver::open(args)?;
@@ -233,7 +234,8 @@ fn receive_xsk(_args: &Args) -> Result<Report> {
     Err(LabError::Missing { tool: "--backend xsk", remedy: "build with `--features peers`" })
 }
 
-fn describe(r: &Report) -> String {
+/// The report in words.
+pub fn describe(r: &Report) -> String {
     let us = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.1} µs"));
     format!(
         "{:?}: received {}, lost {}, duplicated {}, reordered {}, corrupted {}, foreign {}, dropped at the socket {}\n\

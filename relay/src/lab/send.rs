@@ -128,7 +128,8 @@ pub fn run(args: &Args, json: bool) -> anyhow::Result<u8> {
     Ok(EXIT_OK)
 }
 
-fn describe(report: &Report) -> String {
+/// The report in words.
+pub fn describe(report: &Report) -> String {
     format!(
         "sent {} in {:.1} ms: {:.0} pps (asked {}), late p50 {:.1} µs, p99 {:.1} µs, max {:.1} µs, {} retries",
         report.sent,
