@@ -5,7 +5,7 @@
 
 use super::arms::{Arm, GROUP, REWRITTEN, Running, TTL};
 use super::error::{LabError, Result};
-use super::generator::{Generator, Sink, Window};
+use super::generator::{Generator, Sink, Window, sink_drops};
 use super::send::{self, parse_duration};
 use super::topology::Lab;
 use super::{EXIT_OK, EXIT_UNAVAILABLE, EXIT_VERDICT, clock};
@@ -19,6 +19,8 @@ const SLOW_PING_PONG_NS: f64 = 200.0;
 const CEILING_MARGIN: f64 = 0.9;
 /// At flat out, a relay that delivers this share of the offer was not the bottleneck.
 const KEPT_UP: f64 = 0.98;
+/// A run that loses more than this share after the relay is void.
+const SINK_SHARE: f64 = 0.001;
 /// Involuntary switches a second that make a figure doubtful.
 const PREEMPTED_PER_SECOND: f64 = 20.0;
 
@@ -129,6 +131,8 @@ pub struct Row {
     pub preempted: bool,
     /// The generator may have been the limit: the ratio is a lower bound.
     pub source_bound: bool,
+    /// Packets dropped between the relay and the sink.
+    pub sink_drops: u64,
     /// A run's window was not covered by the generator, or the sink lost packets: no figure at all.
     pub void: bool,
 }
@@ -248,10 +252,17 @@ fn paced_once(lab: &Lab, args: &Args, arm: Arm, rate: u64) -> Result<Run> {
     let sink = Sink::at_link(lab, 1)?;
     let running = start(lab, args, arm)?;
     let (switches, before) = (running.preemptions().unwrap_or(0), sink.count()?);
+    let drops = sink_drops(lab)?;
     let load = paced_load(args, rate);
     let sent = lab.src.run(|| send::send(&load))??;
     std::thread::sleep(Duration::from_millis(300));
-    let window = Window { offered: sent.sent, delivered: sink.count()? - before, seconds: sent.duration_ms / 1e3, covered: true };
+    let window = Window {
+        offered: sent.sent,
+        delivered: sink.count()? - before,
+        seconds: sent.duration_ms / 1e3,
+        sink_drops: sink_drops(lab)? - drops,
+        covered: true,
+    };
     Ok(Run { arm, window, preemptions: running.preemptions().unwrap_or(switches) - switches })
 }
 
@@ -299,7 +310,8 @@ fn row(args: &Args, arm: Arm, runs: &[Run], ceiling: f64) -> Option<Row> {
         preemptions_per_second: switches,
         preempted: switches > PREEMPTED_PER_SECOND,
         source_bound: args.rate.is_none() && (middle > CEILING_MARGIN * ceiling || middle > KEPT_UP * offered),
-        void: runs.iter().any(|run| !run.window.covered),
+        sink_drops: runs.iter().map(|run| run.window.sink_drops).sum(),
+        void: runs.iter().any(|run| !run.window.covered || run.window.sink_drops as f64 > SINK_SHARE * run.window.delivered as f64),
         ..Row::default()
     })
 }
@@ -372,6 +384,9 @@ fn notes(row: &Row) -> String {
     if row.void {
         notes.push("void".to_owned());
     }
+    if row.sink_drops > 0 {
+        notes.push(format!("sink dropped {}", row.sink_drops));
+    }
     if row.source_bound {
         notes.push("source_bound".into());
     }
@@ -386,7 +401,7 @@ mod tests {
     use super::*;
 
     fn run(arm: Arm, offered: u64, delivered: u64) -> Run {
-        Run { arm, window: Window { offered, delivered, seconds: 1.0, covered: true }, preemptions: 0 }
+        Run { arm, window: Window { offered, delivered, seconds: 1.0, sink_drops: 0, covered: true }, preemptions: 0 }
     }
 
     #[test]

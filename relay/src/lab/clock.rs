@@ -1,4 +1,4 @@
-//! Time, CPU affinity and context switches of the calling thread. Must never sleep.
+//! Time, CPU affinity, and what disturbs a measurement: context switches, the backlog, the machine's slow state. Must never sleep.
 
 use super::error::{LabError, Result};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -47,6 +47,12 @@ pub fn thread_switches(tid: i32) -> u64 {
 fn switches_of(status: &std::path::Path) -> u64 {
     let text = std::fs::read_to_string(status).unwrap_or_default();
     text.lines().find_map(|line| line.strip_prefix("nonvoluntary_ctxt_switches:")).and_then(|n| n.trim().parse().ok()).unwrap_or(0)
+}
+
+/// Packets that the kernel dropped between interface and stack, all CPUs and namespaces (second column of softnet_stat).
+pub fn softnet_drops() -> u64 {
+    let text = std::fs::read_to_string("/proc/net/softnet_stat").unwrap_or_default();
+    text.lines().filter_map(|line| u64::from_str_radix(line.split_whitespace().nth(1)?, 16).ok()).sum()
 }
 
 /// Round trip of one cache line between two CPUs, ns: tells the machine's fast state from its slow one (LIMITS, rule 4).

@@ -242,7 +242,8 @@ pub fn table(report: &Report) -> String {
         table.add_row(cells(row));
     }
     let ceiling = report.generator_ceiling_pps.map(|pps| format!("generator alone: {pps:.0} pps\n")).unwrap_or_default();
-    let errors: String = report.rows.iter().filter(|row| !row.error.is_empty()).map(|row| format!("{}: {}\n", row.backend, row.error)).collect();
+    let errors: String =
+        report.rows.iter().filter(|row| !row.error.is_empty()).map(|row| format!("{}: {}\n", row.backend, row.error)).collect();
     format!("{GROUP} on r0 → {REWRITTEN} on r1, {RATE} datagrams a second, each verified\n{table}\n{ceiling}{errors}{}", report.verdict)
 }
 

@@ -24,7 +24,8 @@ const IPROUTE_HINT: &str = "install iproute2 (apt-get install iproute2)";
 static NEXT: AtomicU32 = AtomicU32::new(0);
 static JANITOR: OnceLock<Option<Child>> = OnceLock::new();
 
-/// Waits for the end of our pipe, then ends what still runs in our namespaces and deletes them. `$1`: our prefix.
+/// Waits for the end of our pipe, then ends what still runs in our namespaces, deletes them and the relays' socket directories.
+/// `$1`: our prefix, `$2`: where the directories are.
 const JANITOR_SCRIPT: &str = r#"
 cat >/dev/null
 for path in /run/netns/"$1"*; do
@@ -32,7 +33,8 @@ for path in /run/netns/"$1"*; do
   name=${path##*/}
   pids=$(ip netns pids "$name" 2>/dev/null) && [ -n "$pids" ] && kill -KILL $pids
   ip netns del "$name"
-done"#;
+done
+rm -rf "$2/$1"*"#;
 
 /// One network namespace; deleted when dropped.
 #[derive(Debug)]
@@ -138,6 +140,7 @@ fn start_janitor() -> std::io::Result<Child> {
     let prefix = format!("{PREFIX}{}-", std::process::id());
     Command::new("sh")
         .args(["-c", JANITOR_SCRIPT, "relay-lab-janitor", &prefix])
+        .arg(std::env::temp_dir())
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -161,8 +164,13 @@ fn maker(name: &str) -> Option<u32> {
     name.strip_prefix(PREFIX)?.split('-').next()?.parse().ok()
 }
 
+/// Ends what still runs inside (an orphan would keep the namespace alive without its name), then deletes.
 /// Nothing can be done about a failure here; the sweep of the next start tries again.
 fn delete(name: &str) {
+    let inside = ip(&["netns", "pids", name]).unwrap_or_default();
+    for pid in inside.split_whitespace().filter_map(|pid| pid.parse().ok()).filter(|pid| *pid != std::process::id()) {
+        let _ = super::process::signal_pid(pid, nix::sys::signal::Signal::SIGKILL);
+    }
     let _ = ip(&["netns", "del", name]);
 }
 

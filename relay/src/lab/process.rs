@@ -23,6 +23,8 @@ const POLL: Duration = Duration::from_millis(20);
 const READY: Duration = Duration::from_secs(10);
 /// A relay without workers (kernel path alone) counts as ready after so long.
 const SETTLED: Duration = Duration::from_millis(500);
+/// Longest wait for the last words of a relay that has ended.
+const LAST_WORDS: Duration = Duration::from_millis(100);
 
 /// A running `relay run` and its socket.
 #[derive(Debug)]
@@ -93,7 +95,11 @@ impl RelayProcess {
             }
             std::thread::sleep(POLL);
         }
-        Err(LabError::Timeout { what: what.into(), ms: limit.as_millis(), detail: format!("; last status {last}; log: {}", self.log().trim()) })
+        Err(LabError::Timeout {
+            what: what.into(),
+            ms: limit.as_millis(),
+            detail: format!("; last status {last}; log: {}", self.log().trim()),
+        })
     }
 
     /// `relay status --json`.
@@ -172,9 +178,21 @@ impl RelayProcess {
         Err(LabError::Timeout { what: "the relay did not end".into(), ms: limit.as_millis(), detail: format!(": {}", self.log().trim()) })
     }
 
-    /// The exit status, if it has ended.
+    /// The exit status, if it has ended; its last words are in the log then.
     pub fn exited(&mut self) -> Result<Option<ExitStatus>> {
-        self.child.try_wait().map_err(LabError::io("wait for the relay"))
+        let status = self.child.try_wait().map_err(LabError::io("wait for the relay"))?;
+        if status.is_some() {
+            self.drain_log();
+        }
+        Ok(status)
+    }
+
+    /// Lets the readers finish. Bounded: an orphan of the relay may hold the streams open for as long as it lives.
+    fn drain_log(&self) {
+        let begin = Instant::now();
+        while begin.elapsed() < LAST_WORDS && !self.readers.iter().all(JoinHandle::is_finished) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
@@ -190,9 +208,6 @@ impl Drop for RelayProcess {
         let _ = self.child.wait();
         for pid in workers {
             let _ = signal_pid(pid, Signal::SIGKILL);
-        }
-        for reader in self.readers.drain(..) {
-            let _ = reader.join();
         }
         let _ = std::fs::remove_dir_all(&self.directory);
     }

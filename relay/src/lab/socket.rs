@@ -46,7 +46,11 @@ pub fn sender(iface: &str, to: SocketAddr, source: Option<SocketAddr>, ttl: u8, 
         .or_else(|_| setsockopt(&fd, sockopt::SndBuf, &SEND_BUFFER))
         .map_err(LabError::io("send buffer"))?;
     if to.is_ipv4() {
-        let by = libc::ip_mreqn { imr_multiaddr: in_addr(Ipv4Addr::UNSPECIFIED), imr_address: in_addr(Ipv4Addr::UNSPECIFIED), imr_ifindex: index };
+        let by = libc::ip_mreqn {
+            imr_multiaddr: in_addr(Ipv4Addr::UNSPECIFIED),
+            imr_address: in_addr(Ipv4Addr::UNSPECIFIED),
+            imr_ifindex: index,
+        };
         set_option(fd.as_fd(), libc::IPPROTO_IP, libc::IP_MULTICAST_IF, &by, "IP_MULTICAST_IF")?;
         set_option(fd.as_fd(), libc::IPPROTO_IP, libc::IP_MULTICAST_TTL, &ttl, "IP_MULTICAST_TTL")?;
         set_option(fd.as_fd(), libc::IPPROTO_IP, libc::IP_TTL, &ttl, "IP_TTL")?;

@@ -107,9 +107,14 @@ impl Lab {
     }
 
     fn sink_lines(&self, link: u32) -> String {
-        let mut lines = format!("addr add 10.0.{link}.2/24 dev k{link}\naddr add {}/64 dev k{link} nodad\nlink set k{link} up\n", address6(link, 2));
+        let mut lines =
+            format!("addr add 10.0.{link}.2/24 dev k{link}\naddr add {}/64 dev k{link} nodad\nlink set k{link} up\n", address6(link, 2));
         if link == 1 || self.spec.separate_sinks {
-            let _ = writeln!(lines, "route add 224.0.0.0/4 dev k{link}\nroute add default via 10.0.{link}.1\nroute add ::/0 via {}", address6(link, 1));
+            let _ = writeln!(
+                lines,
+                "route add 224.0.0.0/4 dev k{link}\nroute add default via 10.0.{link}.1\nroute add ::/0 via {}",
+                address6(link, 1)
+            );
         }
         lines
     }

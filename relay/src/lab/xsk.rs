@@ -17,7 +17,7 @@ use xsk_rs::config::{BindFlags, LibxdpFlags, QueueSize, SocketConfig, UmemConfig
 use xsk_rs::umem::frame::FrameDesc;
 use xsk_rs::{CompQueue, FillQueue, RxQueue, Socket, TxQueue, Umem};
 
-const FRAMES: u32 = 4_096;
+const FRAMES: u32 = 8_192;
 /// Packets the kernel sends per wake-up in copy mode.
 const TX_BUDGET: u32 = 32;
 /// Bound of the wait for the last completions.
@@ -112,7 +112,8 @@ pub fn interface_addresses(iface: &str, v4: bool) -> Result<([u8; 6], IpAddr)> {
     for entry in nix::ifaddrs::getifaddrs().map_err(LabError::io("getifaddrs"))?.filter(|e| e.interface_name == iface) {
         let Some(address) = entry.address else { continue };
         mac = mac.or(address.as_link_addr().and_then(|link| link.addr()));
-        let this = if v4 { address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip())) } else { address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())) };
+        let this =
+            if v4 { address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip())) } else { address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())) };
         ip = ip.or(this);
     }
     match (mac, ip) {
@@ -172,6 +173,7 @@ pub fn receive(args: &RecvArgs) -> Result<Report> {
     let mut tally = Tally::new().map_err(|e| LabError::Invalid(e.to_string()))?;
     let mut descs: Vec<FrameDesc> = port.frames.iter().take(filled).copied().collect();
     let mut limits = Limits::new();
+    let softnet = clock::softnet_drops();
     eprintln!("listening on {}", args.iface);
     loop {
         // SAFETY: the RX ring and the descriptors are of the same UMEM.
@@ -191,7 +193,7 @@ pub fn receive(args: &RecvArgs) -> Result<Report> {
         }
     }
     let statistics = port.rx.fd().xdp_statistics().map_err(LabError::io("XDP_STATISTICS"))?;
-    Ok(Report::new(&tally, args.count, statistics.rx_dropped() + statistics.rx_ring_full()))
+    Ok(Report::new(&tally, args.count, statistics.rx_dropped() + statistics.rx_ring_full(), clock::softnet_drops() - softnet))
 }
 
 /// The fill ring has a place for every frame, so this ends.
