@@ -7,7 +7,7 @@ use crate::source::Source;
 use crate::stats::words;
 
 /// A room of `relay/src` and the rooms it may name, in reading order.
-const ROOMS: [(&str, &[&str]); 14] = [
+const ROOMS: [(&str, &[&str]); 15] = [
     ("wire", &[]),
     ("rule", &["wire"]),
     ("config", &["rule", "wire"]),
@@ -16,12 +16,13 @@ const ROOMS: [(&str, &[&str]); 14] = [
     ("frame", &["sys"]),
     ("shm", &["sys", "ring"]),
     ("nic", &["frame", "ring", "sys"]),
-    ("datapath", &["wire", "rule", "frame", "ring", "nic", "sys"]),
-    ("control", &["rule", "shm", "sys"]),
-    ("worker", &["wire", "rule", "frame", "ring", "shm", "nic", "datapath", "control", "sys"]),
-    ("supervisor", &["wire", "rule", "config", "frame", "ring", "shm", "nic", "control", "sys"]),
-    ("lab", &["wire", "rule", "frame", "ring", "shm", "nic", "datapath", "control", "sys"]),
-    ("cli", &["wire", "rule", "config", "shm", "nic", "control", "worker", "supervisor", "lab", "sys"]),
+    ("plan", &["wire", "rule", "frame", "ring", "shm", "nic", "sys"]),
+    ("datapath", &["wire", "rule", "frame", "ring", "nic", "plan", "sys"]),
+    ("control", &["rule", "shm", "plan", "sys"]),
+    ("worker", &["wire", "rule", "frame", "ring", "shm", "nic", "plan", "datapath", "control", "sys"]),
+    ("supervisor", &["wire", "rule", "config", "frame", "ring", "shm", "nic", "plan", "control", "sys"]),
+    ("lab", &["wire", "rule", "frame", "ring", "shm", "nic", "plan", "datapath", "control", "sys"]),
+    ("cli", &["wire", "rule", "config", "shm", "nic", "plan", "control", "worker", "supervisor", "lab", "sys"]),
 ];
 
 /// Text that must not stand in a room's product code, and why.
