@@ -162,6 +162,15 @@ mod tests {
     }
 
     #[test]
+    fn the_table_is_the_one_of_the_architecture() {
+        let document = include_str!("../../../ARCHITECTURE.md");
+        for (room, allowed) in ROOMS {
+            let row = document.lines().find(|line| line.starts_with(&format!("| `{room}/` |"))).unwrap_or_default();
+            assert!(row.ends_with(&format!("| {} |", list(allowed))), "row of `{room}`: {row}");
+        }
+    }
+
+    #[test]
     fn a_new_room_must_enter_the_table() {
         assert_eq!(findings("relay/src/attic/mod.rs", "").len(), 1);
     }
