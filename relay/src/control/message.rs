@@ -57,8 +57,21 @@ pub enum Response {
     Status(Box<Status>),
     /// Answer to [`Request::Stats`].
     Stats(Box<Stats>),
+    /// Answer to [`Request::Apply`].
+    Changes(Changes),
     /// Refused: nothing was changed.
     Error(ErrorBody),
+}
+
+/// What [`Request::Apply`] changes, or would change, as rule lines in canonical text. A changed rule is removed and added.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Changes {
+    /// Rules that come.
+    pub added: Vec<String>,
+    /// Rules that go.
+    pub removed: Vec<String>,
+    /// Rules that stay as they are.
+    pub unchanged: u64,
 }
 
 /// `{"error":{…}}`.

@@ -5,7 +5,7 @@
 //! never lets one port's stall touch another. Must never read a packet.
 
 use super::journal::{Journal, MOVE_REAP, MOVE_SEND, Move};
-use crate::frame::{CONTINUES, RawDesc};
+use crate::frame::{CONTINUES, FRAME_SIZE, RawDesc};
 use crate::nic::{BATCH_LEN, Kick, Transmit};
 use crate::ring::{Consumer, Producer};
 use arrayvec::ArrayVec;
@@ -62,6 +62,18 @@ impl<T: Transmit> Egress<T> {
             flush(port);
         }
         moved
+    }
+
+    /// Numbers of the frames standing in egress rings and the return ring (for the recovery of packet ports).
+    pub fn standing_frames(&mut self) -> Vec<u32> {
+        let mut frames = Vec::new();
+        for port in &mut self.ports {
+            let count = port.ring.available();
+            frames.extend((0..count).map(|offset| (port.ring.read(offset).addr / u64::from(FRAME_SIZE)) as u32));
+        }
+        let depth = self.returns.capacity() - self.returns.free_for(self.returns.capacity());
+        frames.extend((1..=depth).map(|back| (self.returns.published(back) / u64::from(FRAME_SIZE)) as u32));
+        frames
     }
 
     /// Whether any frame is on its way out.

@@ -7,6 +7,7 @@ pub mod interfaces;
 pub mod joins;
 pub mod netlink;
 pub mod next_hop;
+pub mod backoff;
 pub mod options;
 
 mod kernel;

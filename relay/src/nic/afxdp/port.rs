@@ -12,7 +12,7 @@ use crate::sys::xdp::{self, Ring};
 use arrayvec::ArrayVec;
 use nix::errno::Errno;
 use relay_common::{META_MAGIC, RedirectMeta};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 /// Why a socket could not be adopted.
@@ -71,11 +71,6 @@ pub struct XskReceive {
 }
 
 impl XskReceive {
-    /// For poll().
-    pub fn raw_fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
-    }
-
     /// Index up to which the fill ring is published.
     pub const fn fill_position(&self) -> u32 {
         self.fill_position
@@ -121,6 +116,12 @@ fn hint(umem: &Umem, fragment: &Fragment) -> Hint {
     let mut next = || words.next().unwrap_or(0);
     let (magic, slot, serial) = (next(), next(), next());
     Hint { rule: (magic == META_MAGIC).then_some((slot, serial)), partial: false }
+}
+
+impl AsFd for XskReceive {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
 }
 
 impl Receive for XskReceive {
