@@ -6,6 +6,7 @@
 pub mod create;
 pub mod ledger;
 pub mod port;
+pub mod program;
 pub mod rings;
 
 pub use create::{PortError, PortSocket, SocketSpec};
