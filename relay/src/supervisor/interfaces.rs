@@ -224,7 +224,8 @@ mod tests {
     #[test]
     fn queues_are_those_in_use() {
         in_netns(|| {
-            ip("link add op-a type veth peer name op-b numrxqueues 4 numtxqueues 4");
+            // The kernel starts a peer with one queue in use unless the first end asks for several.
+            ip("link add op-a numrxqueues 2 numtxqueues 2 type veth peer name op-b numrxqueues 4 numtxqueues 4");
             let mut interfaces = Interfaces::open().unwrap();
             let queues = |interfaces: &mut Interfaces| {
                 let b = interfaces.snapshot().unwrap().remove("op-b").unwrap();
