@@ -3,7 +3,7 @@
 //! A rustup toolchain with `rust-src`, or the distribution's `rustc-web` + `rust-web-src` (Debian); a compiler that
 //! isn't nightly is told to act like one. The one that made the committed objects comes first.
 
-use super::{linker::LLVM_MAJORS, manifest::Manifest, run_command};
+use super::{linker::LLVM_MAJORS, manifest::Manifest};
 use anyhow::{Result, bail};
 use std::{
     env, fs,
