@@ -71,7 +71,7 @@ pub(crate) fn install_missing() -> Result<()> {
         bail!("missing packages; run as root: {}", line(manager, &packages));
     }
     for need in &missing {
-        println!("xtask: installing {} ({})", need.packages[0], need.why);
+        eprintln!("xtask: installing {} ({})", need.packages[0], need.why);
     }
     apt_install(&packages)
 }
