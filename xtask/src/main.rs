@@ -4,8 +4,8 @@
 
 mod ebpf;
 mod packages;
+mod relay;
 mod requirements;
-mod run;
 mod source;
 mod stats;
 mod test;
@@ -20,11 +20,11 @@ use std::process::ExitCode;
 #[command(name = "cargo xtask", version, about)]
 enum Command {
     /// Install what is missing, build, and run `relay demo`
-    Demo(run::Args),
+    Demo(relay::Args),
     /// Install what is missing, build, and run every test; the last line counts them
     Test(test::Args),
     /// Build, and run `relay bench path`
-    Bench(run::Args),
+    Bench(relay::Args),
     /// Check what compilers don't: who imports whom, where unsafe code stands, how long files are
     Tidy,
     /// Count the lines and the unsafe blocks of every room
@@ -37,11 +37,18 @@ enum Command {
     Install,
 }
 
-fn main() -> anyhow::Result<ExitCode> {
-    match Command::parse() {
-        Command::Demo(args) => run::demo(&args),
+fn main() -> ExitCode {
+    run(Command::parse()).unwrap_or_else(|error| {
+        eprintln!("xtask: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Demo(args) => relay::demo(&args),
         Command::Test(args) => test::run(&args),
-        Command::Bench(args) => run::bench(&args),
+        Command::Bench(args) => relay::bench(&args),
         Command::Tidy => tidy::run(),
         Command::Stats => stats::run(),
         Command::Requirements(args) => requirements::run(&args),

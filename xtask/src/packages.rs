@@ -71,10 +71,19 @@ pub(crate) fn install_missing() -> Result<()> {
         bail!("missing packages; run as root: {}", line(manager, &packages));
     }
     for need in &missing {
-        println!("xtask: installing {} ({})", need.packages[0], need.why);
+        eprintln!("xtask: installing {} ({})", need.packages[0], need.why);
+    }
+    apt_install(&packages)
+}
+
+/// Installs packages of Debian, as root.
+pub(crate) fn apt_install(packages: &[String]) -> Result<()> {
+    let [debian, ..] = &MANAGERS;
+    if !on_path(debian.program) || !is_root() {
+        bail!("needs apt-get and root: {}", line(debian, packages));
     }
     apt(&["update", "--quiet=2"])?;
-    apt(&[manager.install, &packages.iter().map(String::as_str).collect::<Vec<_>>()].concat())
+    apt(&[debian.install, &packages.iter().map(String::as_str).collect::<Vec<_>>()].concat())
 }
 
 /// Package names without repetition, in order.

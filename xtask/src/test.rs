@@ -69,8 +69,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     packages::install_missing()?;
     let mut report = Report::default();
     report.note("tidy", tidy::passes()?);
-    report.note("build of the relay", build()?);
-    for step in STEPS.iter().filter(|step| args.filter.is_none() || !step.has_filter) {
+    let built = build()?;
+    report.note("build of the relay", built);
+    for step in STEPS.iter().filter(|_| built).filter(|step| args.filter.is_none() || !step.has_filter) {
         println!("xtask: {}", step.name);
         run_step(step, args, &mut report)?;
     }

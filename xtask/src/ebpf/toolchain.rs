@@ -3,7 +3,7 @@
 //! A rustup toolchain with `rust-src`, or the distribution's `rustc-web` + `rust-web-src` (Debian); a compiler that
 //! isn't nightly is told to act like one. The one that made the committed objects comes first.
 
-use super::{linker::LLVM_MAJORS, manifest::Manifest, run_command};
+use super::{linker::LLVM_MAJORS, manifest::Manifest};
 use anyhow::{Result, bail};
 use std::{
     env, fs,
@@ -32,7 +32,8 @@ pub(crate) fn find(recorded: Option<&Manifest>, install: bool) -> Result<Toolcha
         return Ok(found);
     }
     if install {
-        apt_install()?;
+        println!("installing {}", PACKAGES.join(" "));
+        crate::packages::apt_install(&PACKAGES.map(String::from))?;
         lacks.clear();
         if let Some(found) = best(recorded, &mut lacks) {
             return Ok(found);
@@ -103,19 +104,6 @@ fn major(version: &str) -> u32 {
 fn output(program: &Path, args: &[&str]) -> Option<String> {
     let output = Command::new(program).args(args).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
-}
-
-fn apt_install() -> Result<()> {
-    if !Path::new("/usr/bin/apt-get").exists() || !is_root() {
-        bail!("--install needs apt-get and root");
-    }
-    println!("installing {}", PACKAGES.join(" "));
-    run_command(Command::new("apt-get").args(["install", "--yes", "--no-install-recommends"]).args(PACKAGES))
-}
-
-/// Whether this process may install packages, without a dependency for one number.
-fn is_root() -> bool {
-    output(Path::new("id"), &["-u"]).is_some_and(|id| id.trim() == "0")
 }
 
 fn home() -> PathBuf {

@@ -54,7 +54,7 @@ impl Report {
             name.clone_into(&mut self.current);
         } else if let Some((name, reason)) = ignored(line) {
             self.skips.insert(name.to_owned(), reason.to_owned());
-        } else if let (Section::Successes, Some(reason)) = (self.section, line.trim_start().strip_prefix("SKIPPED:")) {
+        } else if let (Section::Successes, Some(reason)) = (self.section, skipped(line)) {
             let name = self.current.clone();
             self.skips.entry(name).or_insert_with(|| reason.trim().to_owned());
         } else if let (Section::Failures, Some(name)) = (self.section, listed(line)) {
@@ -106,6 +106,12 @@ fn ignored(line: &str) -> Option<(&str, &str)> {
     Some((name, reason))
 }
 
+/// `SKIPPED: REASON`, in capitals or not.
+fn skipped(line: &str) -> Option<&str> {
+    let (word, reason) = line.trim_start().split_once(':')?;
+    word.eq_ignore_ascii_case("skipped").then_some(reason)
+}
+
 /// A name in the list of failures: four blanks and one word.
 fn listed(line: &str) -> Option<&str> {
     let name = line.strip_prefix("    ")?;
@@ -142,7 +148,7 @@ successes:
 
 ---- a::two stdout ----
 SKIPPED: no network namespace: EPERM
-SKIPPED: a second line counts once
+skipped: a second line counts once
 
 
 successes:
@@ -207,6 +213,6 @@ test result: FAILED. 2 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; 
         let mut report = Report::default();
         let shown: Vec<&str> = OUTPUT.lines().filter(|line| report.read(line)).collect();
         assert!(shown.contains(&"test a::one ... ok") && shown.contains(&"stack backtrace:"));
-        assert!(!shown.iter().any(|line| line.starts_with("SKIPPED")));
+        assert!(!shown.iter().any(|line| line.to_ascii_uppercase().starts_with("SKIPPED")));
     }
 }

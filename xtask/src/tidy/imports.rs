@@ -7,7 +7,7 @@ use crate::source::Source;
 use crate::stats::words;
 
 /// A room of `relay/src` and the rooms it may name, in reading order.
-const ROOMS: [(&str, &[&str]); 14] = [
+const ROOMS: [(&str, &[&str]); 15] = [
     ("wire", &[]),
     ("rule", &["wire"]),
     ("config", &["rule", "wire"]),
@@ -16,12 +16,13 @@ const ROOMS: [(&str, &[&str]); 14] = [
     ("frame", &["sys"]),
     ("shm", &["sys", "ring"]),
     ("nic", &["frame", "ring", "sys"]),
-    ("datapath", &["wire", "rule", "frame", "ring", "nic", "sys"]),
-    ("control", &["rule", "shm", "sys"]),
-    ("worker", &["wire", "rule", "frame", "ring", "shm", "nic", "datapath", "control", "sys"]),
-    ("supervisor", &["wire", "rule", "config", "frame", "ring", "shm", "nic", "control", "sys"]),
-    ("lab", &["wire", "rule", "frame", "ring", "shm", "nic", "datapath", "control", "sys"]),
-    ("cli", &["wire", "rule", "config", "shm", "nic", "control", "worker", "supervisor", "lab", "sys"]),
+    ("plan", &["wire", "rule", "frame", "ring", "shm", "nic", "sys"]),
+    ("datapath", &["wire", "rule", "frame", "ring", "nic", "plan", "sys"]),
+    ("control", &["rule", "shm", "plan", "sys"]),
+    ("worker", &["wire", "rule", "frame", "ring", "shm", "nic", "plan", "datapath", "control", "sys"]),
+    ("supervisor", &["wire", "rule", "config", "frame", "ring", "shm", "nic", "plan", "control", "sys"]),
+    ("lab", &["wire", "rule", "frame", "ring", "shm", "nic", "plan", "datapath", "control", "sys"]),
+    ("cli", &["wire", "rule", "config", "shm", "nic", "plan", "control", "worker", "supervisor", "lab", "sys"]),
 ];
 
 /// Text that must not stand in a room's product code, and why.
@@ -158,6 +159,15 @@ mod tests {
     fn locks_and_logs_in_the_data_path_are_found() {
         assert_eq!(findings("relay/src/datapath/turn.rs", "use std::sync::Mutex;\ntracing::info!(\"x\");\n").len(), 2);
         assert_eq!(findings("relay/src/datapath/turn.rs", "use crate::nic::afxdp::Rings;\n").len(), 1);
+    }
+
+    #[test]
+    fn the_table_is_the_one_of_the_architecture() {
+        let document = include_str!("../../../ARCHITECTURE.md");
+        for (room, allowed) in ROOMS {
+            let row = document.lines().find(|line| line.starts_with(&format!("| `{room}/` |"))).unwrap_or_default();
+            assert!(row.ends_with(&format!("| {} |", list(allowed))), "row of `{room}`: {row}");
+        }
     }
 
     #[test]

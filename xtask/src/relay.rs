@@ -26,9 +26,9 @@ pub(crate) fn bench(args: &Args) -> Result<ExitCode> {
 
 fn relay(command: &[&str], args: &Args) -> Result<ExitCode> {
     packages::install_missing()?;
-    println!("xtask: building the relay (release)");
+    eprintln!("xtask: building the relay (release)");
     let mut cargo = workspace::cargo();
-    cargo.args(["run", "--release", "--quiet", "--package", "relay", "--bin", "relay", "--"]).args(command).args(&args.rest);
+    cargo.args(["run", "--release", "--package", "relay", "--bin", "relay", "--"]).args(command).args(&args.rest);
     Ok(exit_code(run(&mut cargo)?))
 }
 
