@@ -64,8 +64,8 @@ fn crash_child() {
         "writer" => {
             let mut writer = Writer::<[u64; 3]>::adopt(fd).unwrap();
             while Instant::now() < end {
-                (0..100).for_each(|_| writer.send(&[writer.sent() + 1; 3]).unwrap());
-                std::thread::yield_now();
+                (0..50).for_each(|_| writer.send(&[writer.sent() + 1; 3]).unwrap());
+                std::thread::sleep(Duration::from_micros(20)); // laps the reader now and then, not always
             }
         }
         other => panic!("unknown role {other}"),
