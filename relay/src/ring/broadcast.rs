@@ -26,6 +26,8 @@ const PUBLISHED: usize = 16;
 const GATE_CLOSED: usize = 17;
 const DROPPED: usize = 18;
 const SLOTS: usize = 32;
+/// Attempts of [`Subscriber::latest`].
+pub const LATEST_ATTEMPTS: u32 = if cfg!(loom) { 2 } else { 8 };
 
 /// A gated reader that the writer would have lapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -183,7 +185,7 @@ impl<T: Pod> Publisher<T> {
             self.ask_gate()?;
         }
         let Some((stamp, words)) = slot::<T>(&self.words, self.capacity, number) else { return Ok(()) };
-        stamp.store(number.wrapping_mul(2) - 1, Ordering::Relaxed);
+        stamp.store(number.wrapping_mul(2).wrapping_sub(1), Ordering::Relaxed);
         fence(Ordering::Release);
         store(words, value);
         stamp.store(number.wrapping_mul(2), Ordering::Release);
@@ -203,7 +205,7 @@ impl<T: Pod> Publisher<T> {
         let (published, capacity) = (self.published, u64::from(self.capacity));
         let Some(behind) = self.gate.as_mut().and_then(|gate| gate.slowest(published)) else { return Ok(()) };
         if behind.messages < capacity {
-            self.open_until = published - behind.messages + capacity;
+            self.open_until = (published - behind.messages).saturating_add(capacity);
             return Ok(());
         }
         let closed = self.words.get(GATE_CLOSED).map_or(0, |word| word.load(Ordering::Relaxed));
@@ -268,9 +270,9 @@ impl<T: Pod> Subscriber<T> {
         Received::Message(value)
     }
 
-    /// The newest whole message, without moving. `None` if there is none yet, or none stood still for eight attempts.
+    /// The newest whole message, without moving. `None` if there is none yet, or none stood still for [`LATEST_ATTEMPTS`].
     pub fn latest(&self) -> Option<T> {
-        (0..8).find_map(|_| {
+        (0..LATEST_ATTEMPTS).find_map(|_| {
             let number = self.sent();
             let (stamp, words) = slot::<T>(&self.words, self.capacity, number)?;
             let before = stamp.load(Ordering::Acquire);

@@ -6,8 +6,12 @@
 pub mod broadcast;
 pub mod cursor;
 pub mod gate;
+#[cfg(all(test, not(loom)))]
+mod hostile;
 pub mod layout;
 pub mod memory;
+#[cfg(all(test, not(loom)))]
+mod properties;
 pub mod sleep;
 pub mod spsc;
 pub(crate) mod sync;

@@ -24,4 +24,6 @@ pub use segment::{Access, Segment, SegmentError};
 pub use state::{Actor, State};
 
 #[cfg(test)]
+mod crash;
+#[cfg(test)]
 mod tests;
