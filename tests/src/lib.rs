@@ -1,1 +1,3 @@
 //! Helpers of the namespace tests (the namespaces themselves come from `relay::lab`).
+
+pub mod golden;
