@@ -9,12 +9,26 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+/// Who may write a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writers {
+    /// Whoever gets the descriptor.
+    Holders,
+    /// Only the mapping that [`create`] returns: the descriptor serves readers alone from then on.
+    Creator,
+}
+
 /// A memfd of `len` bytes, sealed against any change of size, mapped for writing.
-pub fn create(name: &str, len: usize) -> Result<(OwnedFd, Arc<Mapping>), Errno> {
+pub fn create(name: &str, len: usize, writers: Writers) -> Result<(OwnedFd, Arc<Mapping>), Errno> {
     let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
     nix::unistd::ftruncate(&fd, i64::try_from(len).map_err(|_| Errno::EFBIG)?)?;
-    fcntl(&fd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL))?;
     let mapping = Mapping::new(&fd, 0, len, true, false)?;
+    let size = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    let seals = match writers {
+        Writers::Holders => size,
+        Writers::Creator => size | SealFlag::F_SEAL_FUTURE_WRITE,
+    };
+    fcntl(&fd, FcntlArg::F_ADD_SEALS(seals))?;
     Ok((fd, Arc::new(mapping)))
 }
 
