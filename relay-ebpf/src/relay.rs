@@ -15,6 +15,7 @@ mod program {
         macros::{btf_map, xdp},
         programs::XdpContext,
     };
+    use core::hint::black_box;
     use relay_common::{
         COUNTER_SLOTS, IngressConfig, MAX_INTERFACES, MAX_MATCHES, MAX_QUEUES, MAX_SHAPES, MAX_SOURCES, META_MAGIC, MatchEntry, MatchKey,
         NO_CONFIG_SLOT, NO_SLOT, PORT_EXACT, RedirectMeta, SOURCE_KEY_BITS, Shape, SourceKey, SourceVerdict, TAG_EXACT, XdpCounter,
@@ -79,24 +80,36 @@ mod program {
     }
 
     /// The first shape that hits and names a rule, or an exception, decides.
+    ///
+    /// Steps through the shapes by a constant, kept from the optimiser: indexing would add a number to the address, and
+    /// without CAP_PERFMON the verifier refuses that unless the number is the same each time; nor may the address ever
+    /// stand behind the last shape.
     #[inline(always)]
     fn find(config: &IngressConfig, flow: &Flow, ifindex: u32) -> Option<SourceVerdict> {
-        for index in 0..MAX_SHAPES {
-            if index as u32 >= config.shape_count {
+        let mut place = config.shapes.as_ptr();
+        for index in 1..=MAX_SHAPES as u32 {
+            if index > config.shape_count {
                 return None;
             }
-            let shape = config.shapes[index];
-            if shape.family != flow.family {
-                continue;
-            }
-            // SAFETY: an entry in use is never written in place (slots rest for two epochs), so a stale value is a valid one.
-            if let Some(entry) = unsafe { MATCHES.get(key(shape, flow, ifindex)) }
-                && let Some(verdict) = by_source(entry, flow)
-            {
+            // SAFETY: `place` is the address of shape `index - 1`, which is below MAX_SHAPES.
+            if let Some(verdict) = probe(unsafe { *place }, flow, ifindex) {
                 return Some(verdict);
+            }
+            if index < MAX_SHAPES as u32 {
+                // SAFETY: shape `index` is below MAX_SHAPES.
+                place = black_box(unsafe { place.add(1) });
             }
         }
         None
+    }
+
+    #[inline(always)]
+    fn probe(shape: Shape, flow: &Flow, ifindex: u32) -> Option<SourceVerdict> {
+        if shape.family != flow.family {
+            return None;
+        }
+        // SAFETY: an entry in use is never written in place (slots rest for two epochs), so a stale value is a valid one.
+        by_source(unsafe { MATCHES.get(key(shape, flow, ifindex)) }?, flow)
     }
 
     #[inline(always)]

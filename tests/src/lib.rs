@@ -14,13 +14,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+pub mod golden;
+
 pub use relay::lab::{Lab, LabSpec, RelayProcess};
 
 /// Whether namespaces can be made here; otherwise says on stderr that the test is skipped, and why.
 pub fn can_run() -> bool {
     let root = nix::unistd::geteuid().is_root();
     if !root {
-        eprintln!("skipped: network namespaces need root");
+        eprintln!("SKIPPED: network namespaces need root");
     }
     root
 }
