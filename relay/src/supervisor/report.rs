@@ -244,7 +244,7 @@ impl Supervisor {
     pub fn save(&self, file: Option<String>) -> Result<String, RunError> {
         let path = file.map(std::path::PathBuf::from).or_else(|| self.options.config.clone());
         let path = path.ok_or_else(|| RunError::bad("FILE", "no file named, and the relay runs without --config", "name a file"))?;
-        let text = crate::config::write::write(self.book.set.rules());
+        let text = crate::config::write(self.book.set.rules());
         let failed = |error: std::io::Error| RunError::bad("FILE", format!("{}: {error}", path.display()), "name a file in a directory the relay may write");
         let temporary = path.with_extension("toml.new");
         std::fs::write(&temporary, text).map_err(failed)?;
