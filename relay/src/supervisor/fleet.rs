@@ -47,6 +47,8 @@ pub enum Phase {
     Starting(Instant),
     /// Forwarding.
     Running,
+    /// Killed; its pidfd will tell.
+    Killed,
     /// Told to drain and exit, at this time; `true`: and to come back.
     Draining(Instant, bool),
     /// Ended for good.
@@ -308,6 +310,7 @@ impl Fleet {
             if matches!(slot.phase, Phase::Running) && slot.status.acked_epoch.load(Acquire) != epoch {
                 tracing::warn!(worker = slot.id, epoch, "worker does not take the new rules: replaced");
                 slot.kill();
+                slot.phase = Phase::Killed;
             }
         }
     }
@@ -395,6 +398,7 @@ impl Slot {
             Phase::Waiting(_) if self.backoff.degraded() => "degraded",
             Phase::Waiting(_) | Phase::Starting(_) => "boot",
             Phase::Running => "run",
+            Phase::Killed => "fail",
             Phase::Draining(..) | Phase::Ended => "halt",
         }
     }
@@ -423,12 +427,15 @@ impl Slot {
                 true
             }
             Phase::Starting(since) if since.elapsed() > START_LIMIT => {
+                tracing::warn!(worker = self.id, "worker does not come up: killed");
                 self.kill();
+                self.phase = Phase::Killed;
                 false
             }
             Phase::Running if self.heartbeat_age() > HUNG_AFTER => {
                 tracing::warn!(worker = self.id, age = ?self.heartbeat_age(), "worker hangs: killed");
                 self.kill();
+                self.phase = Phase::Killed;
                 false
             }
             Phase::Draining(since, _) if since.elapsed() > Duration::from_millis(800) => {

@@ -157,7 +157,7 @@ impl Worker {
         };
         worker.port_counters = vec![ReceiveCounters::default(); worker.ingress.ports().len()];
         worker.adopt_table(table);
-        worker.housekeeping(now);
+        worker.beat();
         worker.status.state.store(STATE_RUN, Release);
         Ok(worker)
     }
