@@ -3,7 +3,8 @@
 use relay::lab::arms::{GROUP, REWRITTEN, TTL};
 use relay::lab::recv::{Subscription, Verdict};
 use relay::lab::sockets_relay::{Route, SocketsRelay};
-use relay_tests::{Lab, LabSpec, Listener, needs_root, send, send_args};
+use relay_tests::{Lab, LabSpec, Listener, needs_root, relay_bin, send, send_args, send_in_background};
+use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -129,5 +130,26 @@ fn nothing_is_left_behind() {
         }
         assert_eq!(namespaces_of(pid), 0, "after SIG{signal}");
         assert!(!runs(&inside), "after SIG{signal} a process goes on in a dead laboratory");
+    }
+}
+
+/// `relay recv` gives its verdict as the exit code, and JSON with the account.
+#[test]
+fn the_exit_code_of_recv_is_the_verdict() {
+    needs_root!();
+    let lab = Lab::simple().unwrap();
+    for (expected, code) in [(500, 0), (501, 5)] {
+        let mut command = lab.relay.command(relay_bin().unwrap()).unwrap();
+        command.args(["recv", "--json", "--iface", "r0", "--group", "239.5.5.5:7000", "--timeout", "1s", "--count", &expected.to_string()]);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        // Joined once it says so.
+        let mut line = String::new();
+        BufReader::new(child.stderr.as_mut().unwrap()).read_line(&mut line).unwrap();
+        let sent = send_in_background(&lab, &send_args("s0", "239.5.5.5:7000", 10_000, 500).unwrap()).unwrap().wait().unwrap();
+        assert_eq!(sent.sent, 500);
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(code));
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!((report["distinct"].as_u64(), report["lost"].as_u64()), (Some(500), Some(expected - 500)), "{report}");
     }
 }

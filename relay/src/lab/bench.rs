@@ -4,11 +4,11 @@
 //! and maximum, and what disturbed a run is said with it. Must never report what the relay says about itself as delivered.
 
 use super::arms::{Arm, GROUP, REWRITTEN, Running, TTL};
+use super::clock;
 use super::error::{LabError, Result};
 use super::generator::{Generator, Sink, Window, sink_drops};
 use super::send::{self, parse_duration};
 use super::topology::Lab;
-use super::{EXIT_OK, EXIT_UNAVAILABLE, EXIT_VERDICT, clock};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -135,27 +135,6 @@ pub struct Row {
     pub sink_drops: u64,
     /// A run's window was not covered by the generator, or the sink lost packets: no figure at all.
     pub void: bool,
-}
-
-/// Runs the command; the exit code.
-pub fn run(args: &Args, json: bool) -> anyhow::Result<u8> {
-    let report = match measure(args) {
-        Ok(report) => report,
-        Err(error @ (LabError::Missing { .. } | LabError::NotRoot)) => {
-            eprintln!("relay bench path: {error}");
-            return Ok(EXIT_UNAVAILABLE);
-        }
-        Err(error) => return Err(error.into()),
-    };
-    if json {
-        println!("{}", serde_json::to_string(&report)?);
-    } else {
-        println!("{}", table(&report));
-    }
-    for error in &report.errors {
-        eprintln!("relay bench path: {error}");
-    }
-    Ok(if report.errors.is_empty() { EXIT_OK } else { EXIT_VERDICT })
 }
 
 /// All rounds of all rows.

@@ -5,11 +5,11 @@
 
 use super::arms::{Arm, GROUP, REWRITTEN, Running, TTL};
 use super::bench::program;
-use super::error::{LabError, Result};
+use super::error::Result;
 use super::generator::{Generator, Sink};
 use super::recv::{self, Receiver, Verdict};
 use super::topology::Lab;
-use super::{EXIT_OK, EXIT_UNAVAILABLE, EXIT_VERDICT, clock, send};
+use super::{clock, send};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -85,30 +85,12 @@ impl Row {
     }
 }
 
-/// Runs the command; the exit code is the verdict.
-pub fn run(args: &Args, json: bool) -> anyhow::Result<u8> {
-    let report = match demonstrate(args) {
-        Ok(report) => report,
-        Err(error @ (LabError::Missing { .. } | LabError::NotRoot)) => {
-            eprintln!("relay demo: {error}");
-            return Ok(EXIT_UNAVAILABLE);
-        }
-        Err(error) => return Err(error.into()),
-    };
-    if json {
-        println!("{}", serde_json::to_string(&report)?);
-    } else {
-        println!("{}", table(&report));
-    }
-    Ok(if report.verdict == "PASS" { EXIT_OK } else { EXIT_VERDICT })
-}
-
 /// Builds the laboratory and runs every row.
 pub fn demonstrate(args: &Args) -> Result<Report> {
     let program = program(args.program.as_ref())?;
+    let lab = Lab::simple()?;
     let progress = progress(ARMS.len() * 2 + 2);
     step(&progress, "three namespaces");
-    let lab = Lab::simple()?;
     let mut report = Report::default();
     for arm in ARMS {
         step(&progress, &format!("{}: {COUNT} datagrams at {RATE} a second", arm.name()));

@@ -29,10 +29,3 @@ pub use error::LabError;
 pub use netns::Namespace;
 pub use process::RelayProcess;
 pub use topology::{Lab, LabSpec};
-
-/// Exit code of a command whose verdict is good (INTERFACE.md).
-pub const EXIT_OK: u8 = 0;
-/// Exit code of a command that lacks a resource or a permission.
-pub const EXIT_UNAVAILABLE: u8 = 2;
-/// Exit code of a command whose verdict is bad or void.
-pub const EXIT_VERDICT: u8 = 5;

@@ -3,11 +3,11 @@
 //! A run in which its own socket dropped is void: neither passed nor failed (DECISIONS, tests and figures). Arrival times are the
 //! kernel's, so that a receiver that was descheduled is not taken for a silent relay.
 
+use super::clock;
 use super::error::{LabError, Result};
 use super::send::{Backend, parse_duration};
 use super::socket::{self, RecvBatch};
 use super::tally::{Silence, Tally};
-use super::{EXIT_OK, EXIT_UNAVAILABLE, EXIT_VERDICT, clock};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 use serde::{Deserialize, Serialize};
@@ -192,24 +192,6 @@ impl Report {
             (false, false) => Verdict::Fail,
         }
     }
-}
-
-/// Runs the command; the exit code is the verdict.
-pub fn run(args: &Args, json: bool) -> anyhow::Result<u8> {
-    let report = match receive(args) {
-        Ok(report) => report,
-        Err(error @ (LabError::Missing { .. } | LabError::NotRoot)) => {
-            eprintln!("relay recv: {error}");
-            return Ok(EXIT_UNAVAILABLE);
-        }
-        Err(error) => return Err(error.into()),
-    };
-    if json {
-        println!("{}", serde_json::to_string(&report)?);
-    } else {
-        println!("{}", describe(&report));
-    }
-    Ok(if report.verdict == Verdict::Pass { EXIT_OK } else { EXIT_VERDICT })
 }
 
 /// Receives in the calling thread's namespace.

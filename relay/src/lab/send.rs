@@ -5,7 +5,7 @@
 use super::error::{LabError, Result};
 use super::pace::{Pacer, Step};
 use super::socket::{self, SendBatch};
-use super::{EXIT_OK, EXIT_UNAVAILABLE, clock, payload};
+use super::{clock, payload};
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -108,24 +108,6 @@ pub fn parse_duration(text: &str) -> std::result::Result<Duration, String> {
         _ => return Err(format!("`{unit}`: a unit among us, ms, s, m")),
     };
     Duration::try_from_secs_f64(seconds).map_err(|_| format!("`{text}`: out of range"))
-}
-
-/// Runs the command; the exit code.
-pub fn run(args: &Args, json: bool) -> anyhow::Result<u8> {
-    let report = match send(args) {
-        Ok(report) => report,
-        Err(error @ (LabError::Missing { .. } | LabError::NotRoot)) => {
-            eprintln!("relay send: {error}");
-            return Ok(EXIT_UNAVAILABLE);
-        }
-        Err(error) => return Err(error.into()),
-    };
-    if json {
-        println!("{}", serde_json::to_string(&report)?);
-    } else {
-        println!("{}", describe(&report));
-    }
-    Ok(EXIT_OK)
 }
 
 /// The report in words.
