@@ -259,6 +259,97 @@ fn json_has_the_keys_of_the_contract() {
     assert_keys(&stats["frames"], "total free fill rx egress return tx completion hand kernel lost_invalid");
 }
 
+const ONE_RULE: &str = r#"
+version = 1
+[[rule]]
+id = "itch-a"
+ingress = "eth0"
+match = "239.1.1.1:5000"
+[[rule.output]]
+egress = "eth1"
+"#;
+
+#[test]
+fn check_needs_nothing_and_says_where_a_file_is_wrong() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("relay.toml");
+    let name = file.to_str().unwrap();
+    let nowhere = Path::new("/nonexistent.sock");
+    fs::write(&file, ONE_RULE).unwrap();
+    let valid = relay(nowhere, &["check", name]);
+    assert_eq!(String::from_utf8(valid.stdout).unwrap(), format!("{name}: valid, 1 rule\n"));
+    let valid = relay(nowhere, &["check", name, "--json"]);
+    assert_eq!(serde_json::from_slice::<Value>(&valid.stdout).unwrap()["rules"], 1);
+    fs::write(&file, ONE_RULE.replace("egress =", "egres =")).unwrap();
+    assert_fails(nowhere, &format!("check|{name}"), 2, "egres");
+    assert_fails(nowhere, &format!("apply|{name}"), 2, "egres");
+    assert_fails(nowhere, &format!("run|--config|{name}"), 2, "egres");
+    let wrong = relay(nowhere, &["check", name]);
+    let stderr = String::from_utf8(wrong.stderr).unwrap();
+    assert!(stderr.starts_with(&format!("error: {name}:8:1: egres: ")) && stderr.contains("egress"), "{stderr}");
+    fs::write(&file, [0xff, 0xfe]).unwrap();
+    assert_fails(nowhere, &format!("check|{name}"), 2, "FILE");
+    assert_fails(nowhere, &format!("check|{}", directory.path().display()), 2, "FILE");
+}
+
+#[test]
+fn wrong_rules_are_refused_before_anybody_is_asked() {
+    let daemon = Daemon::start(|request| panic!("asked: {request:?}"));
+    let cases = [("eth0 239.1.1.1:5000 -> eth1 ttl=999", "ttl"), ("eth0 239.1.1.1:5000 -> eth0", "egress"), ("nonsense", "match")];
+    for (rule, field) in cases {
+        assert_fails(&daemon.socket(), &format!("rule|add|{rule}"), 2, field);
+        assert_fails(&daemon.socket(), &format!("run|--rule|{rule}"), 2, field);
+    }
+    assert_fails(&daemon.socket(), "run|--rule|a 239.1.1.1:5 -> b|--rule|a 239.1.1.1:5 -> c", 2, "match");
+}
+
+#[test]
+fn diff_is_a_verdict_and_apply_is_not() {
+    let daemon = Daemon::start(answer);
+    let file = daemon.directory.path().join("relay.toml");
+    let name = file.to_str().unwrap();
+    let second = ONE_RULE.replace("version = 1", "").replace("itch-a", "itch-b").replace("239.1.1.1", "239.1.1.2");
+    fs::write(&file, format!("{ONE_RULE}{second}")).unwrap();
+    for (arguments, code) in [(["diff", name].as_slice(), 5), (&["apply", name], 0), (&["apply", name, "--dry-run"], 0)] {
+        let output = relay(&daemon.socket(), arguments);
+        let stdout = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}");
+        assert!(
+            stdout.starts_with("- old\n+ eth0 239.1.1.1:5000 -> eth1") && stdout.ends_with("2 rules added, 1 rule removed, 0 unchanged\n"),
+            "{stdout}"
+        );
+        assert!(output.stderr.is_empty());
+    }
+    fs::write(&file, ONE_RULE).unwrap();
+    let same = relay(&daemon.socket(), &["diff", name, "--json"]);
+    assert_eq!(same.status.code(), Some(0));
+    assert_keys(&serde_json::from_slice(&same.stdout).unwrap(), "added removed unchanged");
+}
+
+/// The largest set that is promised goes through the socket in one request.
+#[test]
+fn ten_thousand_rules_are_applied_at_once() {
+    let daemon = Daemon::start(|request| match request {
+        Request::Apply { rules, .. } => Response::Changes(Changes { unchanged: rules.len() as u64, ..Changes::default() }),
+        other => panic!("not asked for: {other:?}"),
+    });
+    let file = daemon.directory.path().join("relay.toml");
+    let rule = |number: u32| {
+        let group = format!("239.{}.{}.{}", 1 + number / 65_536, number / 256 % 256, number % 256);
+        format!(
+            "[[rule]]\nid = \"channel-{number}\"\ningress = \"enp129s0f0\"\nmatch = \"10.1.0.0/16@{group}:50000\"\n\
+             [[rule.output]]\negress = \"enp129s0f1\"\nto = \"239.200.{}.{}:50000\"\nttl = \"keep\"\ndscp = 46\n",
+            number / 256 % 256,
+            number % 256
+        )
+    };
+    let text: String = std::iter::once("version = 1\n".to_owned()).chain((0..10_000).map(rule)).collect();
+    fs::write(&file, text).unwrap();
+    let output = relay(&daemon.socket(), &["apply", file.to_str().unwrap()]);
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(stdout, "0 rules added, 0 rules removed, 10000 unchanged\n", "{}", String::from_utf8_lossy(&output.stderr));
+}
+
 /// A datagram from here to here, and one that never comes.
 #[test]
 fn the_verdict_of_recv_is_its_exit_code() {

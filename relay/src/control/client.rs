@@ -84,6 +84,7 @@ impl ClientError {
             Self::Permission { .. } => "run as root, or as the user of the daemon",
             Self::TooLong { .. } => "name a shorter path with --socket",
             Self::Timeout { .. } | Self::Closed { .. } => "look at the daemon's log",
+            Self::Frame { source: FrameError::TooLong { .. }, .. } => "use fewer or shorter rules",
             Self::Frame { .. } => "use the relay of the same version as the daemon",
             Self::Io { .. } => "",
         }

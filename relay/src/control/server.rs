@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 /// Clients at once.
 pub const MAX_CONNECTIONS: usize = 64;
 /// Memory for half-sent requests, all clients together.
-pub const MAX_REQUEST_MEMORY: usize = 4 << 20;
+pub const MAX_REQUEST_MEMORY: usize = 16 << 20;
 /// Memory for responses on their way, all clients together.
 pub const MAX_RESPONSE_MEMORY: usize = 64 << 20;
 /// A request must be whole this long after its first byte.
