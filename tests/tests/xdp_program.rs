@@ -4,6 +4,8 @@
 //! Each test runs in a network namespace of its own thread, which ends with it. `RELAY_BPF_OBJECTS` names a folder of
 //! freshly built objects to be tested instead of the embedded ones (`cargo xtask build-ebpf --check`).
 
+#![expect(clippy::unwrap_used, reason = "a test's way to fail")]
+
 use aya::programs::{TestRun as _, TestRunOptions, Xdp, XdpMode};
 use nix::sched::{CloneFlags, unshare};
 use relay::frame::Umem;
@@ -12,7 +14,7 @@ use relay::nic::afxdp::{PortSocket, SocketSpec, create};
 use relay::sys::Mapping;
 use relay::sys::xdp::BindFlags;
 use relay_common::{
-    CounterValue, MAX_QUEUES, META_MAGIC, NO_CONFIG_SLOT,
+    CounterValue, MAX_QUEUES, MAX_SHAPES, META_MAGIC, NO_CONFIG_SLOT, Shape,
     XdpCounter::{self, *},
 };
 use relay_tests::golden::{self, Case, INTERFACE_SLOT};
@@ -41,8 +43,11 @@ impl Lab {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
         let queues = (MAX_QUEUES + 1).to_string();
         ip(&["link", "add", "eb0", "numrxqueues", &queues, "type", "veth", "peer", "name", "eb1"]);
-        ip(&["link", "set", "eb0", "up"]);
-        ip(&["link", "set", "eb1", "up"]);
+        for interface in ["eb0", "eb1"] {
+            // Without addresses IPv6 is silent, and only the tests' packets are counted.
+            ip(&["link", "set", interface, "addrgenmode", "none"]);
+            ip(&["link", "set", interface, "up"]);
+        }
         Self { ifindex: nix::net::if_::if_nametoindex("eb0").unwrap() }
     }
 }
@@ -75,7 +80,8 @@ fn loaded(lab: &Lab, single_buffer: bool) -> Program {
 /// A bound socket that nobody serves: redirecting into it is all that is asked.
 fn socket(lab: &Lab) -> (Umem, PortSocket) {
     let len = 64 * relay::frame::FRAME_SIZE as usize;
-    let (memory, _) = relay::sys::memfd::create("xdp-program", len).unwrap();
+    let memory = nix::sys::memfd::memfd_create("xdp-program", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap();
+    nix::unistd::ftruncate(&memory, len as i64).unwrap();
     let umem = Umem::new(Mapping::new(&memory, 0, len, true, true).unwrap());
     let sizes = create::RingSizes { rx: 64, fill: 64, tx: 64, completion: 64 };
     let spec = SocketSpec { ifindex: lab.ifindex, queue: 0, sizes, flags: BindFlags::default() };
@@ -213,6 +219,27 @@ fn removed_entries_no_longer_match_and_an_interface_without_configuration_passes
     let (run, counter) = judge(&mut program, NO_CONFIG_SLOT, lab.ifindex, 0, &packets[0].bytes);
     assert_eq!((run.action, counter), (XDP_PASS, PassNoConfig));
     assert!(matches!(program.remove_ingress(lab.ifindex), Err(ProgramError::Map { map: "INGRESS", .. })));
+}
+
+#[test]
+fn the_last_of_all_shapes_is_asked() {
+    if !can_run() {
+        return;
+    }
+    let lab = Lab::new();
+    let mut program = loaded(&lab, false);
+    let mut ingress = golden::tables(lab.ifindex).ingress;
+    let first = ingress.shapes[0];
+    ingress.shapes.fill(Shape { group_len: 31, ..first });
+    ingress.shapes[MAX_SHAPES - 1] = first;
+    for (count, expected) in
+        [(MAX_SHAPES as u32 - 1, PassNoRule), (MAX_SHAPES as u32, PassNoSocket), (u32::MAX, PassNoSocket), (0, PassNoRule)]
+    {
+        ingress.shape_count = count;
+        program.set_ingress(lab.ifindex, &ingress).unwrap();
+        let packet = &golden::corpus()[0].bytes;
+        assert_eq!(judge(&mut program, INTERFACE_SLOT, lab.ifindex, 0, packet).1, expected, "{count} shapes");
+    }
 }
 
 /// `data_end` covers the linear part only; lengths are compared with the whole packet's.

@@ -56,8 +56,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let toolchain = toolchain::find(recorded.as_ref(), args.install)?;
     println!("toolchain: {}, LLVM {}", toolchain.version, toolchain.llvm);
-    let fresh = build_all(&root, &toolchain)?;
-    let manifest = Manifest::new(&root, &toolchain, &fresh)?;
+    let target = target_dir(&root).join("bpf");
+    let linker = linker::ensure(&target, &toolchain)?;
+    let fresh = build_all(&root, &target, &toolchain, &linker)?;
+    let manifest = Manifest::new(&root, &toolchain, linker::version(&linker)?, &fresh)?;
     match recorded {
         Some(recorded) if args.check => compare(&root, &recorded, &manifest, &fresh),
         _ => install(&root, &manifest, &fresh),
@@ -75,13 +77,11 @@ fn target_dir(root: &Path) -> PathBuf {
 }
 
 /// Builds every recipe into `target/bpf/objects` and returns that folder.
-fn build_all(root: &Path, toolchain: &Toolchain) -> Result<PathBuf> {
-    let target = target_dir(root).join("bpf");
+fn build_all(root: &Path, target: &Path, toolchain: &Toolchain, linker: &Path) -> Result<PathBuf> {
     let out = target.join("objects");
     fs::create_dir_all(&out)?;
-    let linker = linker::ensure(&target, toolchain)?;
     for recipe in &RECIPES {
-        build(root, &target, toolchain, &linker, recipe)?;
+        build(root, target, toolchain, linker, recipe)?;
         let built = target.join(TARGET).join("release").join(recipe.binary);
         strip(toolchain, &built, &out.join(recipe.file))?;
     }

@@ -5,7 +5,10 @@
 
 use super::{run_command, toolchain::Toolchain};
 use anyhow::{Context, Result, bail};
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 /// The version the objects are made with.
 pub(crate) const VERSION: &str = "0.13.0";
@@ -27,6 +30,12 @@ pub(crate) fn ensure(target: &Path, toolchain: &Toolchain) -> Result<PathBuf> {
         bail!("cargo install left no {}", linker.display());
     }
     Ok(linker)
+}
+
+/// Name and version, as the linker says.
+pub(crate) fn version(linker: &Path) -> Result<String> {
+    let output = Command::new(linker).arg("--version").output().with_context(|| format!("starting {}", linker.display()))?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 fn install(folder: &Path, toolchain: &Toolchain) -> Result<()> {

@@ -2,7 +2,7 @@
 //!
 //! Flat `key = "value"` lines. Must never hold a path or a date: it is compared.
 
-use super::{RECIPES, Recipe, Toolchain, linker};
+use super::{RECIPES, Recipe, Toolchain};
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 use std::{
@@ -23,11 +23,11 @@ pub(crate) struct Manifest(BTreeMap<String, String>);
 
 impl Manifest {
     /// The record of freshly built objects.
-    pub(crate) fn new(root: &Path, toolchain: &Toolchain, objects: &Path) -> Result<Self> {
+    pub(crate) fn new(root: &Path, toolchain: &Toolchain, linker: String, objects: &Path) -> Result<Self> {
         let mut lines = BTreeMap::from([
             ("rustc".to_owned(), toolchain.version.clone()),
             ("llvm".to_owned(), toolchain.llvm.clone()),
-            ("linker".to_owned(), format!("bpf-linker {}", linker::VERSION)),
+            ("linker".to_owned(), linker),
             ("sources".to_owned(), sources(root)?),
         ]);
         for recipe in &RECIPES {
