@@ -104,14 +104,12 @@ pub fn parse(first: &[u8], packet_len: usize) -> Result<Headers, ParseVerdict> {
     let link = parse_link(first)?;
     let ip = first.get(link.l3_offset..).unwrap_or_default();
     let room = packet_len.saturating_sub(link.l3_offset);
-    let mut headers = match link.ethertype {
-        ETHERTYPE_IPV4 => parse_ipv4(ip, room)?,
-        ETHERTYPE_IPV6 => parse_ipv6(ip, room)?,
+    let mut headers = Headers { tag: link.tag, tag_count: link.tag_count, l3_offset: link.l3_offset as u16, ..Headers::default() };
+    match link.ethertype {
+        ETHERTYPE_IPV4 => parse_ipv4(ip, room, &mut headers)?,
+        ETHERTYPE_IPV6 => parse_ipv6(ip, room, &mut headers)?,
         _ => return Err(ParseVerdict::NotIp),
-    };
-    headers.tag = link.tag;
-    headers.tag_count = link.tag_count;
-    headers.l3_offset = link.l3_offset as u16;
+    }
     headers.l4_offset = headers.l3_offset + u16::from(headers.ip_header_len);
     Ok(headers)
 }
@@ -148,7 +146,7 @@ fn parse_link(first: &[u8]) -> Result<Link, ParseVerdict> {
 
 /// `ip`: from the IP header to the end of the linear piece; `room`: from there to the end of the packet.
 #[inline]
-fn parse_ipv4(ip: &[u8], room: usize) -> Result<Headers, ParseVerdict> {
+fn parse_ipv4(ip: &[u8], room: usize, headers: &mut Headers) -> Result<(), ParseVerdict> {
     let header = ip.first_chunk::<20>().ok_or(ParseVerdict::Malformed)?;
     let header_len = usize::from(header[0] & 0x0f) * 4;
     let total_len = usize::from(be16([header[2], header[3]]));
@@ -166,17 +164,16 @@ fn parse_ipv4(ip: &[u8], room: usize) -> Result<Headers, ParseVerdict> {
     if be16([header[6], header[7]]) & 0x3fff != 0 {
         return Err(ParseVerdict::Fragment);
     }
-    let udp = parse_udp(ip.get(header_len..).unwrap_or_default(), total_len - header_len)?;
-    let mut headers = Headers { family: 4, ip_header_len: header_len as u8, l3_len: total_len as u32, ..udp };
+    (headers.family, headers.ip_header_len, headers.l3_len) = (4, header_len as u8, total_len as u32);
     headers.traffic_class = header[1];
     headers.ttl = header[8];
-    copy(&mut headers.src, &header[12..16]);
-    copy(&mut headers.dst, &header[16..20]);
-    Ok(headers)
+    headers.src = ipv4_field([header[12], header[13], header[14], header[15]]);
+    headers.dst = ipv4_field([header[16], header[17], header[18], header[19]]);
+    parse_udp(ip.get(header_len..).unwrap_or_default(), total_len - header_len, headers)
 }
 
 #[inline]
-fn parse_ipv6(ip: &[u8], room: usize) -> Result<Headers, ParseVerdict> {
+fn parse_ipv6(ip: &[u8], room: usize, headers: &mut Headers) -> Result<(), ParseVerdict> {
     let (header, behind) = ip.split_first_chunk::<40>().ok_or(ParseVerdict::Malformed)?;
     let payload_len = usize::from(be16([header[4], header[5]]));
     if header[0] >> 4 != 6 || 40 + payload_len > room {
@@ -190,30 +187,27 @@ fn parse_ipv6(ip: &[u8], room: usize) -> Result<Headers, ParseVerdict> {
         0 | 43 | 60 | 51 | 135 | 139 | 140 => return Err(ParseVerdict::Extension),
         _ => return Err(ParseVerdict::NotUdp),
     }
-    let udp = parse_udp(behind, payload_len)?;
-    let mut headers = Headers { family: 6, ip_header_len: 40, l3_len: 40 + payload_len as u32, ..udp };
+    (headers.family, headers.ip_header_len, headers.l3_len) = (6, 40, 40 + payload_len as u32);
     headers.traffic_class = header[0] << 4 | header[1] >> 4;
     headers.ttl = header[7];
-    copy(&mut headers.src, &header[8..24]);
-    copy(&mut headers.dst, &header[24..40]);
-    Ok(headers)
+    headers.src.copy_from_slice(&header[8..24]);
+    headers.dst.copy_from_slice(&header[24..40]);
+    parse_udp(behind, payload_len, headers)
 }
 
 /// `room`: bytes of the IP packet behind the IP header.
 #[inline]
-fn parse_udp(udp: &[u8], room: usize) -> Result<Headers, ParseVerdict> {
+fn parse_udp(udp: &[u8], room: usize, headers: &mut Headers) -> Result<(), ParseVerdict> {
     let Some(header) = udp.first_chunk::<UDP_LEN>() else { return Err(ParseVerdict::Malformed) };
     let udp_len = be16([header[4], header[5]]);
     if room < UDP_LEN || usize::from(udp_len) < UDP_LEN || usize::from(udp_len) > room {
         return Err(ParseVerdict::Malformed);
     }
-    Ok(Headers {
-        sport: be16([header[0], header[1]]),
-        dport: be16([header[2], header[3]]),
-        udp_len,
-        udp_checksum: be16([header[6], header[7]]),
-        ..Headers::default()
-    })
+    headers.sport = be16([header[0], header[1]]);
+    headers.dport = be16([header[2], header[3]]);
+    headers.udp_len = udp_len;
+    headers.udp_checksum = be16([header[6], header[7]]);
+    Ok(())
 }
 
 #[inline]
@@ -221,11 +215,10 @@ const fn be16(bytes: [u8; 2]) -> u16 {
     u16::from_be_bytes(bytes)
 }
 
+/// Four bytes in a 16-byte address field.
 #[inline]
-fn copy(to: &mut [u8; 16], from: &[u8]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = *from;
-    }
+const fn ipv4_field([a, b, c, d]: [u8; 4]) -> [u8; 16] {
+    [a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
 }
 
 #[cfg(test)]
