@@ -216,13 +216,13 @@ pub enum MapChange {
     SourceDelete(u32, SourceKey),
 }
 
-/// The steps from `old` to `new` in an order in which every packet has exactly one fate at any moment, and for a change of
-/// one rule the old or the new one.
+/// The steps from `old` to `new` in an order in which every packet has exactly one fate at any moment: where rules are only
+/// added, only removed, or replaced under the same match, the old or the new one and never a third rule's.
 ///
 /// 1. New source sets, which nobody reads yet.
 /// 2. Shape lists widened to both generations: a shape without entries just misses.
-/// 3. New and changed entries, most specific first, so that no packet falls to a new wide rule while its own is on the way.
-/// 4. Deleted entries, least specific first, for the same reason.
+/// 3. Entries that take more than before, most specific first: no packet falls to a new wide rule while its own is on the way.
+/// 4. Entries that take less or nothing, least specific first, for the same reason.
 /// 5. Shape lists of the new tables (before 4 where both generations' shapes are too many for one list).
 /// 6. After a grace period, the source sets that nobody can find any more.
 ///
@@ -232,10 +232,10 @@ pub fn diff(old: &Compiled, new: &Compiled) -> Vec<MapChange> {
     changes.extend(set_steps(new, old).map(|(len, key, verdict)| MapChange::SourcePut(len, key, verdict)));
     let widened = widened(old, new);
     ingress_steps(&old.ingresses, &widened, &mut changes);
-    changes.extend(entry_puts(old, new));
+    changes.extend(entry_grows(old, new));
     let complete = completed(&widened, new);
     ingress_steps(&widened, &complete, &mut changes);
-    changes.extend(entry_deletes(old, new));
+    changes.extend(entry_shrinks(old, new));
     ingress_steps(&complete, &new.ingresses, &mut changes);
     let stale: Vec<MapChange> = set_steps(old, new).map(|(len, key, _)| MapChange::SourceDelete(len, key)).collect();
     if !stale.is_empty() {
@@ -289,19 +289,44 @@ fn ingress_steps(from: &BTreeMap<u32, Vec<Shape>>, to: &BTreeMap<u32, Vec<Shape>
     changes.extend(from.keys().filter(|ifindex| !to.contains_key(ifindex)).map(|ifindex| MapChange::IngressDelete(*ifindex)));
 }
 
-fn entry_puts(old: &Compiled, new: &Compiled) -> impl Iterator<Item = MapChange> {
-    let mut puts: Vec<_> = new.entries.iter().filter(|(key, entry)| old.entries.get(key) != Some(entry)).collect();
+/// New and changed entries that take all that they took before.
+fn entry_grows(old: &Compiled, new: &Compiled) -> impl Iterator<Item = MapChange> {
+    let changed = new.entries.iter().filter(|(key, entry)| old.entries.get(key) != Some(entry));
+    let mut puts: Vec<_> = changed.filter(|(key, _)| !narrows(key, old, new)).collect();
     puts.sort_unstable_by_key(|(key, _)| (precedence(&key.shape), **key));
     puts.into_iter().map(|(key, entry)| MapChange::EntryPut(*key, *entry))
 }
 
-fn entry_deletes(old: &Compiled, new: &Compiled) -> impl Iterator<Item = MapChange> {
-    let mut keys: Vec<&MatchKey> = old.entries.keys().filter(|key| !new.entries.contains_key(key)).collect();
+/// Entries that are no more, or no longer take all that they took.
+fn entry_shrinks(old: &Compiled, new: &Compiled) -> impl Iterator<Item = MapChange> {
+    let mut keys: Vec<&MatchKey> = old.entries.keys().filter(|key| narrows(key, old, new)).collect();
     keys.sort_unstable_by_key(|key| std::cmp::Reverse((precedence(&key.shape), **key)));
-    keys.into_iter().map(|key| MapChange::EntryDelete(*key))
+    keys.into_iter().map(|key| match new.entries.get(key) {
+        Some(entry) => MapChange::EntryPut(*key, *entry),
+        None => MapChange::EntryDelete(*key),
+    })
+}
+
+/// Whether some source that `old` takes at this key goes on to the next shape in `new`.
+fn narrows(key: &MatchKey, old: &Compiled, new: &Compiled) -> bool {
+    let Some(before) = old.entries.get(key) else { return false };
+    let Some(after) = new.entries.get(key) else { return true };
+    let (was, is) = (old.sets.get(&before.source_set), new.sets.get(&after.source_set));
+    let taken = |prefix: &SourcePrefix| is.is_some_and(|set| set.covers(prefix));
+    match (before.slot, after.slot) {
+        (_, slot) if slot != NO_SLOT => false,
+        (NO_SLOT, _) => was.is_some_and(|set| !set.prefixes.keys().all(taken)),
+        _ => true,
+    }
 }
 
 impl SourceSet {
+    /// Whether one of the set's prefixes holds all of `prefix`.
+    fn covers(&self, prefix: &SourcePrefix) -> bool {
+        let wider = self.lens.iter().filter(|len| **len <= prefix.len);
+        wider.copied().any(|len| self.prefixes.contains_key(&SourcePrefix { len, addr: masked(prefix.addr, len) }))
+    }
+
     /// The verdict of the longest prefix that holds `addr`.
     #[inline]
     pub fn lookup(&self, addr: [u8; 16]) -> Option<SourceVerdict> {

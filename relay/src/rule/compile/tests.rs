@@ -173,10 +173,11 @@ proptest! {
     }
 
     #[test]
-    fn one_rule_more_or_less_is_one_step_for_every_packet(rules in rules(0, 1..10), packets in packets()) {
-        let before = compiled(&rules[1..], &Compiled::default());
+    fn rules_more_or_less_are_one_step_for_every_packet(rules in rules(0, 1..12), kept in 0usize..12, packets in packets()) {
+        let kept = &rules[kept.min(rules.len())..];
+        let before = compiled(kept, &Compiled::default());
         let with = compiled(&rules, &before);
-        let without = compiled(&rules[1..], &with);
+        let without = compiled(kept, &with);
         for (from, to) in [(&before, &with), (&with, &without)] {
             let mut maps = Maps::of(from);
             for change in diff(from, to) {
@@ -263,4 +264,21 @@ fn too_many_shapes_of_both_generations_are_swapped_in_one_step() {
         assert!([before.lookup(1, &h), after.lookup(1, &h)].contains(&verdict), "{verdict:?}");
     }
     assert_eq!(maps, Maps::of(&after));
+}
+
+#[test]
+fn a_source_that_loses_its_rule_never_meets_a_wider_rule_that_goes_too() {
+    let lines = ["a 10.0.0.1@239.1.1.1 -> b", "a 10.0.0.2@239.1.1.1 -> b", "a 239.1.0.0/16 -> b"];
+    let rules: Vec<Owned> = lines.iter().zip(0..).map(|(line, slot)| rule(line, slot)).collect();
+    let before = compiled(&rules, &Compiled::default());
+    let after = compiled(&rules[1..2], &before);
+    let mut h = Headers { family: 4, ..Headers::default() };
+    h.dst[..4].copy_from_slice(&[239, 1, 1, 1]);
+    h.src[..4].copy_from_slice(&[10, 0, 0, 1]);
+    let mut maps = Maps::of(&before);
+    for change in diff(&before, &after) {
+        maps.apply(&change);
+        assert_ne!(maps.verdict(1, &h), Verdict::Rule { slot: 2, serial: 2 }, "{change:?}");
+    }
+    assert_eq!(maps.verdict(1, &h), Verdict::Miss);
 }
