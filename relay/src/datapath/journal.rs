@@ -11,7 +11,9 @@
 //! index moved; COMMIT: again, every step of it is idempotent; MOVE: if `to` moved, publish `from`. One journal for each
 //! thread: ingress and egress. Must never be written by anybody but that thread.
 
-use super::counters::{Counter, Increment, MAX_INCREMENTS, MAX_PORTS};
+use super::tally::{Increment, MAX_INCREMENTS};
+use crate::plan::counters::{Counter, MAX_PORTS};
+use crate::plan::work::JOURNAL_LEN;
 use crate::frame::Pool;
 use crate::nic::{BATCH_DESCS, BATCH_LEN};
 use crate::sys::shared::OutOfMapping;
@@ -106,8 +108,8 @@ const MARKS_AT: usize = 256;
 const FREED_AT: usize = MARKS_AT + MAX_PORTS * 8;
 const SAVED_AT: usize = FREED_AT + 1024;
 const INCREMENTS_AT: usize = SAVED_AT + BATCH_LEN * SAVED_LEN;
-const JOURNAL_LEN: usize = (INCREMENTS_AT + MAX_INCREMENTS * size_of::<Increment>()).next_multiple_of(4096);
 const _: () = assert!(BATCH_DESCS * 4 <= 1024);
+const _: () = assert!(INCREMENTS_AT + MAX_INCREMENTS * size_of::<Increment>() <= JOURNAL_LEN);
 
 /// The journal of one thread of a worker.
 #[derive(Debug)]
@@ -271,49 +273,5 @@ impl Journal {
     #[inline]
     pub fn done(&self) {
         self.state.store(IDLE, Release);
-    }
-}
-
-/// Where everything lies in a work segment.
-#[derive(Clone, Copy, Debug)]
-pub struct WorkLayout {
-    /// Journal of the ingress thread.
-    pub ingress_journal: usize,
-    /// Journal of the egress thread.
-    pub egress_journal: usize,
-    /// The pool.
-    pub pool: usize,
-    /// One byte for each frame: whether a packet port holds it.
-    pub held: usize,
-    /// The return ring (all frames fit).
-    pub return_ring: usize,
-    /// The first egress ring.
-    pub egress_rings: usize,
-    /// Bytes from one egress ring to the next.
-    pub egress_stride: usize,
-    /// Slots of each egress ring.
-    pub egress_capacity: u32,
-    /// Bytes in all.
-    pub len: usize,
-}
-
-impl WorkLayout {
-    /// The layout for a UMEM of `frame_count` frames (a power of two) and egress rings of `egress_capacity` slots.
-    pub fn new(frame_count: u32, egress_capacity: u32) -> Self {
-        let page = |bytes: usize| bytes.next_multiple_of(4096);
-        let ingress_journal = 4096;
-        let egress_journal = ingress_journal + JOURNAL_LEN;
-        let pool = egress_journal + JOURNAL_LEN;
-        let held = pool + page(Pool::bytes(frame_count));
-        let return_ring = held + page(frame_count as usize);
-        let egress_rings = return_ring + page(crate::ring::Layout::<u64>::bytes(frame_count));
-        let egress_stride = page(crate::ring::Layout::<crate::frame::RawDesc>::bytes(egress_capacity));
-        let len = egress_rings + MAX_PORTS * egress_stride;
-        Self { ingress_journal, egress_journal, pool, held, return_ring, egress_rings, egress_stride, egress_capacity, len }
-    }
-
-    /// Offset of a port's egress ring.
-    pub const fn egress_ring(&self, port: usize) -> usize {
-        self.egress_rings + port * self.egress_stride
     }
 }

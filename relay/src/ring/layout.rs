@@ -51,6 +51,9 @@ pub enum RingError {
         /// Layout hash found.
         hash: u64,
     },
+    /// A side that has to write was given a read-only mapping.
+    #[error("memory is mapped read-only: this side has to write its index")]
+    ReadOnly,
     /// The two indices claim more filled slots than there are.
     #[error("ring indices are corrupt: producer {producer}, consumer {consumer}, capacity {capacity}")]
     Indices {
@@ -90,6 +93,11 @@ pub(super) struct Head {
     pub(super) producer: Side,
     pub(super) consumer: Side,
 }
+
+/// Offset of the published index in a ring.
+pub const PRODUCER_AT: usize = LINE_SIZE;
+/// Offset of the released index in a ring.
+pub const CONSUMER_AT: usize = 2 * LINE_SIZE;
 
 #[cfg(not(loom))]
 const _: () = {
@@ -153,7 +161,7 @@ impl<T: bytemuck::Pod> Layout<T> {
 }
 
 /// A power of two, and small enough.
-pub(super) const fn check_capacity(capacity: u32) -> Result<(), RingError> {
+pub const fn check_capacity(capacity: u32) -> Result<(), RingError> {
     if capacity.is_power_of_two() && capacity <= MAX_CAPACITY { Ok(()) } else { Err(RingError::Capacity(capacity)) }
 }
 

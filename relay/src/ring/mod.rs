@@ -1,15 +1,22 @@
-//! Single-producer single-consumer rings over any memory, and the cursor arithmetic that also drives the kernel's rings.
+//! What two sides share through memory without locks: the SPSC ring, the broadcast of one writer to many readers, the sleep
+//! flag, and the cursor arithmetic that also drives the kernel's rings.
 //!
 //! Must never know what an element means, make a system call, or allocate per element.
 
+pub mod broadcast;
 pub mod cursor;
+pub mod gate;
 pub mod layout;
 pub mod memory;
+pub mod sleep;
 pub mod spsc;
-mod sync;
+pub(crate) mod sync;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
+pub use broadcast::{Behind, Publisher, Received, Subscriber};
+pub use gate::{Gate, GateLine};
 pub use layout::{Layout, RingError};
-pub use memory::Memory;
+pub use memory::{Memory, Words};
+pub use sleep::SleepFlag;
 pub use spsc::{Consumer, Full, Producer, heap, init, init_at};

@@ -41,6 +41,7 @@ pub fn init<T: Pod>(memory: &dyn Memory, offset: usize, capacity: u32) -> Result
 pub fn init_at<T: Pod>(memory: &dyn Memory, offset: usize, capacity: u32, start: u32) -> Result<(), RingError> {
     check_capacity(capacity)?;
     Layout::<T>::fits(memory.as_ptr().addr(), memory.len(), offset, capacity)?;
+    check_writable(memory)?;
     // SAFETY: fits() has checked that the ring, so its first byte too, lies inside the memory.
     let first = unsafe { memory.as_ptr().add(offset) };
     for index in 0..capacity as usize {
@@ -54,6 +55,10 @@ pub fn init_at<T: Pod>(memory: &dyn Memory, offset: usize, capacity: u32, start:
     // SAFETY: in bounds and line-aligned by fits(); nobody else is attached yet, as the caller states.
     unsafe { first.cast::<Head>().write(head) };
     Ok(())
+}
+
+fn check_writable(memory: &dyn Memory) -> Result<(), RingError> {
+    if memory.writable() { Ok(()) } else { Err(RingError::ReadOnly) }
 }
 
 /// A checked ring in memory: addresses and capacity, copied out once.
@@ -71,6 +76,7 @@ unsafe impl<T: Pod> Send for View<T> {}
 
 impl<T: Pod> View<T> {
     fn attach(memory: Arc<dyn Memory>, offset: usize) -> Result<Self, RingError> {
+        check_writable(&*memory)?;
         // The head has to be inside before the capacity in it can be read.
         Layout::<T>::fits(memory.as_ptr().addr(), memory.len(), offset, 0)?;
         // SAFETY: the head lies inside the memory, as just checked.
@@ -199,6 +205,13 @@ impl<T: Pod> Producer<T> {
         debug_assert!(count <= self.known_free(), "publish beyond the free slots");
         self.published = self.published.wrapping_add(count.min(self.known_free()));
         self.view.producer().store(self.published, Ordering::Release);
+    }
+
+    /// Copy of the element published `back` places ago (1: the newest), as long as it has not been overwritten since.
+    #[cfg(not(loom))]
+    pub fn published(&self, back: u32) -> T {
+        // SAFETY: only the producer writes slots, and it is borrowed here; the consumer only reads them.
+        self.view.cell(self.published.wrapping_sub(back)).with(|slot| unsafe { slot.read() })
     }
 
     /// Writes and publishes one element.

@@ -44,6 +44,19 @@ const fn failed(call: &'static str) -> impl FnOnce(Errno) -> SegmentError {
     move |errno| SegmentError::System { call, errno }
 }
 
+/// A memfd of `len` bytes whose size cannot change any more.
+fn unmapped(name: &str, len: usize) -> Result<OwnedFd, SegmentError> {
+    let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).map_err(failed("memfd_create"))?;
+    let len = i64::try_from(len.max(1).next_multiple_of(4096)).map_err(|_| SegmentError::Size(i64::MAX))?;
+    nix::unistd::ftruncate(&fd, len).map_err(failed("ftruncate"))?;
+    seal(&fd, SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW)?;
+    Ok(fd)
+}
+
+fn seal(fd: &OwnedFd, seals: SealFlag) -> Result<(), SegmentError> {
+    fcntl(fd, FcntlArg::F_ADD_SEALS(seals)).map(drop).map_err(failed("F_ADD_SEALS"))
+}
+
 /// A mapped, sealed memfd.
 #[derive(Debug)]
 pub struct Segment {
@@ -56,12 +69,16 @@ impl Segment {
     /// Makes a zeroed segment of `len` bytes, rounded up to pages, sealed against any change of size, close-on-exec.
     /// `name` shows in /proc/PID/maps only.
     pub fn create(name: &str, len: usize) -> Result<Self, SegmentError> {
-        let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).map_err(failed("memfd_create"))?;
-        let len = i64::try_from(len.max(1).next_multiple_of(4096)).map_err(|_| SegmentError::Size(i64::MAX))?;
-        nix::unistd::ftruncate(&fd, len).map_err(failed("ftruncate"))?;
-        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-        fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(failed("F_ADD_SEALS"))?;
+        let fd = unmapped(name, len)?;
+        seal(&fd, SealFlag::F_SEAL_SEAL)?;
         Self::join(fd, Access::ReadWrite)
+    }
+
+    /// [`Self::create`], and nobody after this process can map it for writing or write to it: for what workers only read.
+    pub fn create_for_readers(name: &str, len: usize) -> Result<Self, SegmentError> {
+        let segment = Self::join(unmapped(name, len)?, Access::ReadWrite)?;
+        seal(&segment.fd, SealFlag::F_SEAL_FUTURE_WRITE | SealFlag::F_SEAL_SEAL)?;
+        Ok(segment)
     }
 
     /// Maps all of an inherited or received descriptor, after checking that its size cannot change.
@@ -104,15 +121,18 @@ impl AsFd for Segment {
     }
 }
 
-// SAFETY: the mapping lives as long as the segment, and the seals, checked in join(), keep its pages from going away. A read-only
-// mapping says len 0: writing sides cannot be attached to it.
+// SAFETY: the mapping lives as long as the segment, and the seals, checked in join(), keep its pages from going away.
 unsafe impl Memory for Segment {
     fn as_ptr(&self) -> *mut u8 {
         self.mapping.as_ptr()
     }
 
     fn len(&self) -> usize {
-        if self.access == Access::ReadWrite { self.mapping.len() } else { 0 }
+        self.mapping.len()
+    }
+
+    fn writable(&self) -> bool {
+        self.access == Access::ReadWrite
     }
 }
 

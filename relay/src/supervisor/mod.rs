@@ -2,34 +2,25 @@
 //!
 //! Must never block on a worker or touch a packet.
 
+pub mod backoff;
+pub mod book;
+pub mod capabilities;
+pub mod engine;
+pub mod error;
+pub mod fleet;
+pub mod interfaces;
+pub mod joins;
+mod kernel;
+pub mod locks;
+pub mod netlink;
+#[cfg(test)]
+mod netns;
+pub mod next_hop;
 pub mod options;
+pub mod ports;
+pub mod report;
+pub mod update;
+pub mod view;
 
-/// Why the supervisor ended.
-#[derive(Debug, thiserror::Error)]
-pub enum RunError {
-    /// Nothing is built yet.
-    #[error("the supervisor is not part of this build")]
-    NotBuilt,
-}
-
-impl RunError {
-    /// Exit code of `relay run`.
-    pub fn exit_code(&self) -> u8 {
-        1
-    }
-
-    /// The option at fault, or empty.
-    pub fn field(&self) -> &str {
-        ""
-    }
-
-    /// The remedy, or empty.
-    pub fn hint(&self) -> &str {
-        ""
-    }
-}
-
-/// Runs the relay until it is told to stop.
-pub fn run(_options: options::Options) -> Result<(), RunError> {
-    Err(RunError::NotBuilt)
-}
+pub use engine::run;
+pub use error::RunError;

@@ -1,12 +1,10 @@
-//! The counters of a worker in its status segment, and the tally of one batch.
+//! The counters of a worker in its status segment: which index counts what.
 //!
 //! A flat array of (packets, bytes) pairs; an index names exactly one thing. Counters live longer than workers: a
-//! successor goes on counting in the same array. A batch counts into a private [`Tally`], which the journal applies
-//! exactly once (journal.rs). One writer: the ingress thread, or, in an array of its own, the egress thread.
-//! Must never be reset by anybody but that writer.
+//! successor goes on counting in the same array. One writer: the ingress thread, or, in an array of its own, the egress
+//! thread. Must never be reset by anybody but that writer.
 
 use super::fate::{DropReason, OutputDropReason};
-use arrayvec::ArrayVec;
 use bytemuck::{Pod, Zeroable};
 
 /// Rule slots of one relay.
@@ -78,65 +76,3 @@ pub const fn output_range(slot: usize) -> std::ops::Range<usize> {
     let first = OUTPUTS + slot * OUTPUT_STRIDE;
     first..first + OUTPUT_STRIDE
 }
-
-/// What one batch adds to one counter. 16 bytes.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
-pub struct Increment {
-    /// Counter index.
-    pub counter: u32,
-    /// Packets.
-    pub packets: u32,
-    /// Bytes.
-    pub bytes: u64,
-}
-
-/// Different counters one batch can touch.
-pub const MAX_INCREMENTS: usize = 8192;
-const CACHE: usize = 128;
-
-/// What the batch in hand adds. Merges by a small direct-mapped cache, so a uniform flow needs a handful of entries.
-#[derive(Debug)]
-pub struct Tally {
-    entries: Vec<Increment>,
-    cache: [u16; CACHE],
-}
-
-impl Default for Tally {
-    fn default() -> Self {
-        Self { entries: Vec::with_capacity(MAX_INCREMENTS), cache: [0; CACHE] }
-    }
-}
-
-impl Tally {
-    /// Adds one packet of `bytes` to a counter.
-    #[inline]
-    pub fn add(&mut self, counter: u32, bytes: u64) {
-        let cached = &mut self.cache[counter as usize % CACHE];
-        if let Some(entry) = self.entries.get_mut(usize::from(*cached))
-            && entry.counter == counter
-        {
-            entry.packets += 1;
-            entry.bytes += bytes;
-            return;
-        }
-        // A batch is cut so that it never needs more entries (ingress.rs); the capacity is never grown.
-        if self.entries.len() < MAX_INCREMENTS {
-            *cached = self.entries.len() as u16;
-            self.entries.push(Increment { counter, packets: 1, bytes });
-        }
-    }
-
-    /// The entries.
-    pub fn entries(&self) -> &[Increment] {
-        &self.entries
-    }
-
-    /// Empties the tally.
-    pub fn clear(&mut self) {
-        self.entries.clear();
-    }
-}
-
-/// Small fixed list of ports.
-pub type Ports<T> = ArrayVec<T, MAX_PORTS>;
