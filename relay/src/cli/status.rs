@@ -24,6 +24,9 @@ fn page(status: &Status, output: &Output) -> String {
 }
 
 fn interfaces(interfaces: &[InterfaceInfo], output: &Output) -> String {
+    if interfaces.is_empty() {
+        return "no interfaces, because there are no rules\n".into();
+    }
     let mut table = output::table(&["INTERFACE", "ROLE", "BACKEND", "QUEUES", "DRIVER", "REASON"]);
     for interface in interfaces {
         let mood = if interface.backend == "none" { Mood::Bad } else { Mood::Good };

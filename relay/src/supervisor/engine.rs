@@ -125,7 +125,7 @@ impl Supervisor {
         [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().for_each(|signal| set.add(signal));
         set.thread_block().map_err(failed("blocking signals"))?;
         let signals = SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC).map_err(failed("signalfd"))?;
-        let server = Server::bind(&options.socket).map_err(|error| RunError::bad("--socket", error, ""))?;
+        let server = Server::bind(&options.socket).map_err(|error| RunError::bad("--socket", &error, error.hint()))?;
         let mut interfaces = Interfaces::open().map_err(failed("netlink"))?;
         let watch = Watch::open().map_err(failed("netlink"))?;
         let known = ports::known(&mut interfaces)?;
