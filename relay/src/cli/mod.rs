@@ -53,9 +53,10 @@ struct Cli {
 
 /// Arguments of every command.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Global options")]
 pub struct Global {
     /// Control socket of the daemon
-    #[arg(long, global = true, env = "RELAY_SOCKET", default_value = "/run/relay/relay.sock", value_name = "PATH")]
+    #[arg(long, global = true, env = "RELAY_SOCKET", hide_env_values = true, default_value = "/run/relay/relay.sock", value_name = "PATH")]
     pub socket: PathBuf,
     /// Print facts and errors as JSON
     #[arg(long, global = true)]

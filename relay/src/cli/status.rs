@@ -24,6 +24,9 @@ fn page(status: &Status, output: &Output) -> String {
 }
 
 fn interfaces(interfaces: &[InterfaceInfo], output: &Output) -> String {
+    if interfaces.is_empty() {
+        return "no interfaces, because there are no rules\n".into();
+    }
     let mut table = output::table(&["INTERFACE", "ROLE", "BACKEND", "QUEUES", "DRIVER", "REASON"]);
     for interface in interfaces {
         let mood = if interface.backend == "none" { Mood::Bad } else { Mood::Good };
@@ -44,7 +47,7 @@ fn role(interface: &InterfaceInfo) -> &'static str {
 }
 
 fn workers(workers: &[WorkerInfo], output: &Output) -> String {
-    let mut table = output::table(&["WORKER", "STATE", "PID", "UID", "CPU", "PIPELINE", "WAIT", "BEAT", "RESTARTS", "LAST EXIT"]);
+    let mut table = output::table(&["WORKER", "STATE", "PID", "UID", "CPU", "LOOP", "BEAT", "RESTARTS"]);
     for worker in workers {
         table.add_row([
             number(worker.id),
@@ -52,14 +55,18 @@ fn workers(workers: &[WorkerInfo], output: &Output) -> String {
             number(worker.pid),
             number(worker.uid),
             if worker.cpu < 0 { text("any") } else { number(worker.cpu) },
-            text(&worker.pipeline),
-            text(&worker.wait),
+            text(format!("{} {}", worker.pipeline, worker.wait).trim()),
             text(&duration(worker.heartbeat_age_ms)),
-            number(worker.restarts),
-            text(&worker.last_exit),
+            text(&restarts(worker)),
         ]);
     }
     lines(&mut table)
+}
+
+/// `0`, or `2, last: killed by SIGSEGV`.
+fn restarts(worker: &WorkerInfo) -> String {
+    let last = if worker.last_exit.is_empty() { String::new() } else { format!(", last: {}", worker.last_exit) };
+    format!("{}{last}", worker.restarts)
 }
 
 fn mood(state: &str) -> Mood {
@@ -111,8 +118,8 @@ mod tests {
              INTERFACE  ROLE  BACKEND      QUEUES  DRIVER  REASON\n\
              eth0       in    af_xdp_copy       1  veth    native XDP\n\
              \n\
-             WORKER  STATE  PID    UID    CPU  PIPELINE  WAIT      BEAT   RESTARTS  LAST EXIT\n\
-             \u{20}    0  run    12346  65534    1  fused     adaptive  12 ms         0  -\n"
+             WORKER  STATE  PID    UID    CPU  LOOP            BEAT   RESTARTS\n\
+             \u{20}    0  run    12346  65534    1  fused adaptive  12 ms  0\n"
         );
         assert!(page.lines().all(|line| line.len() <= 80));
     }

@@ -81,7 +81,7 @@ fn failed<E: std::fmt::Display>(what: &'static str) -> impl Fn(E) -> RunError {
 pub fn run(options: Options) -> Result<(), RunError> {
     let set = load(&options)?;
     let mut supervisor = Supervisor::set_up(options)?;
-    supervisor.begin(set, None, String::new())?;
+    supervisor.begin(set, None, Response::Done(String::new()))?;
     drop_privileges()?;
     supervisor.forward()
 }
@@ -125,7 +125,7 @@ impl Supervisor {
         [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().for_each(|signal| set.add(signal));
         set.thread_block().map_err(failed("blocking signals"))?;
         let signals = SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC).map_err(failed("signalfd"))?;
-        let server = Server::bind(&options.socket).map_err(|error| RunError::bad("--socket", error, ""))?;
+        let server = Server::bind(&options.socket).map_err(|error| RunError::bad("--socket", &error, error.hint()))?;
         let mut interfaces = Interfaces::open().map_err(failed("netlink"))?;
         let watch = Watch::open().map_err(failed("netlink"))?;
         let known = ports::known(&mut interfaces)?;
@@ -215,7 +215,7 @@ impl Supervisor {
     }
 
     fn reload(&mut self) {
-        match load(&self.options).and_then(|set| self.begin(set, None, String::new())) {
+        match load(&self.options).and_then(|set| self.begin(set, None, Response::Done(String::new()))) {
             Ok(()) => tracing::info!("configuration read again"),
             Err(error) => tracing::error!(%error, "configuration refused, nothing changed"),
         }
@@ -258,22 +258,22 @@ impl Supervisor {
                 let id = rule.id.clone();
                 let mut set = self.book.set.clone();
                 set.add(rule).map_err(set_error)?;
-                self.begin(set, Some(client), id).map(|()| None)
+                self.begin(set, Some(client), Response::Done(id)).map(|()| None)
             }
             Request::RuleDel { id } => {
                 let mut set = self.book.set.clone();
                 set.remove(&id).map_err(set_error)?;
-                self.begin(set, Some(client), id).map(|()| None)
+                self.begin(set, Some(client), Response::Done(id)).map(|()| None)
             }
             Request::Apply { rules, dry_run } => {
                 let rules = rules.iter().map(|line| parse(line)).collect::<Result<Vec<Rule>, _>>()?;
                 let mut set = self.book.set.clone();
                 let change = set.replace_all(rules).map_err(set_error)?;
-                let words = super::report::describe(&change);
+                let answer = Response::Changes(super::report::changes(&self.book.set, &change));
                 if dry_run || change.is_empty() {
-                    return Ok(Some(Response::Done(words)));
+                    return Ok(Some(answer));
                 }
-                self.begin(set, Some(client), words).map(|()| None)
+                self.begin(set, Some(client), answer).map(|()| None)
             }
             Request::RuleSave { file } => self.save(file).map(|path| Some(Response::Done(path))),
         }

@@ -9,26 +9,25 @@ use super::error::RunError;
 use super::ports::{Port, Way};
 use super::update::join_of;
 use crate::control::message::{
+    Changes,
     FrameStats, InterfaceInfo, InterfaceStats, OutputStats, RuleInfo, RuleStats, Stats, Status, SupervisorInfo, WorkerInfo,
 };
 use crate::plan::counters::{Counter, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx};
 use crate::plan::fate::{DropReason, OutputDropReason};
-use crate::rule::set::SetDiff;
+use crate::rule::set::{RuleSet, SetDiff};
 use crate::rule::{Output, Rule};
 use crate::sys::xdp;
 use relay_common::XdpCounter;
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering::Acquire;
 
-/// What `apply` has changed, in words.
-pub fn describe(change: &SetDiff) -> String {
-    if change.is_empty() {
-        return "no difference".into();
-    }
-    let mut lines: Vec<String> = change.added.iter().map(|rule| format!("+ {rule}")).collect();
-    lines.extend(change.removed.iter().map(|id| format!("- {id}")));
-    lines.extend(change.changed.iter().map(|rule| format!("~ {rule}")));
-    lines.join("\n")
+/// What `apply` changes: whole rules, so that the lines can be read, compared and applied again.
+pub fn changes(old: &RuleSet, change: &SetDiff) -> Changes {
+    let gone = change.removed.iter().map(String::as_str).chain(change.changed.iter().map(|rule| rule.id.as_str()));
+    let removed: Vec<String> = gone.filter_map(|id| old.get(id)).map(ToString::to_string).collect();
+    let added = change.added.iter().chain(&change.changed).map(ToString::to_string).collect();
+    let unchanged = (old.rules().len() - removed.len().min(old.rules().len())) as u64;
+    Changes { added, removed, unchanged }
 }
 
 fn sum<'a>(counters: impl Iterator<Item = Counter> + 'a) -> Counter {

@@ -48,12 +48,12 @@ pub struct Update {
     stage: Stage,
     since: Instant,
     client: Option<ClientToken>,
-    answer: String,
+    answer: Response,
 }
 
 impl Supervisor {
     /// Checks a new set and starts to bring it in force. Nothing has changed if this fails.
-    pub fn begin(&mut self, set: RuleSet, client: Option<ClientToken>, answer: String) -> Result<(), RunError> {
+    pub fn begin(&mut self, set: RuleSet, client: Option<ClientToken>, answer: Response) -> Result<(), RunError> {
         self.known = ports::known(&mut self.interfaces)?;
         ports::check_interfaces(set.rules(), &self.known)?;
         let needs = ports::needs(set.rules(), &self.options);
@@ -217,7 +217,7 @@ impl Supervisor {
         self.book = update.book;
         tracing::info!(rules = self.book.set.rules().len(), epoch = self.epoch, "rules in force");
         if let Some(client) = update.client {
-            self.server.reply(client, &Response::Done(update.answer));
+            self.server.reply(client, &update.answer);
         }
         if !self.announced {
             self.announced = true;
