@@ -420,6 +420,32 @@ fn a_downed_and_a_deleted_interface_are_told_apart() {
 }
 
 #[test]
+fn a_refused_packet_takes_no_other_with_it() {
+    for engine in BOTH {
+        let Some(_world) = World::new(1500) else { return };
+        let sink = socket::open_receive(ifindex("d1"), &[], None).unwrap();
+        let mut memory = Memory::new();
+        let mut tx = sender(engine, socket::open_send(ifindex("d0")).unwrap(), &memory);
+        for number in 0..100 {
+            let len = if number % 10 == 5 { 1700 } else { 64 };
+            let mut frame = memory.pool.take(&memory.umem).unwrap();
+            memory.umem.bytes_mut(&mut frame, 0, len).copy_from_slice(&packet(number, &[], len as usize));
+            tx.put(RawDesc { addr: frame.base(), len, options: 0 });
+            let _ = frame.into_index();
+        }
+        assert_eq!(tx.free(), 156);
+        // sendmmsg stops at each refused packet, and calls are bounded: what is left goes with the next turn.
+        let kicks: Vec<_> = (0..3).map(|_| tx.kick()).collect();
+        assert_eq!(kicks.last(), Some(&Ok(Kick::Done)), "{engine:?} {kicks:?}");
+        while reap(&mut tx, &mut memory) > 0 {}
+        for number in (0..100).filter(|number| number % 10 != 5) {
+            assert_eq!(collect(&sink).as_deref().map(sequence), Some(number), "{engine:?}");
+        }
+        assert_eq!((tx.failed(), tx.outstanding(), memory.pool.len(), memory.held_count()), (10, 0, FRAMES, 0), "{engine:?}");
+    }
+}
+
+#[test]
 fn receiving_survives_a_link_that_flaps() {
     for engine in BOTH {
         let Some(world) = World::new(1500) else { return };
@@ -519,7 +545,7 @@ fn an_empty_pool_starves_and_recovers() {
         assert!(rx.starved() > 0, "{engine:?}");
         kept.drain(..).for_each(|frame| memory.pool.put(frame));
         let rest = take_count(&mut rx, &mut memory, 500);
-        packets.extend(rest.into_iter());
+        packets.extend(rest);
         let mut next = 0;
         for packet in packets {
             assert_eq!(sequence(&bytes_of(&memory, &packet)), next, "{engine:?}");
@@ -570,7 +596,7 @@ fn figure_forwarding_rate() {
         let mut tx = sender(engine, socket::open_send(ifindex("d0")).unwrap(), &memory);
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
-        let generator = std::thread::spawn(move || generate(&source, &stopped));
+        let generator = std::thread::spawn(move || generate(&source, 20_000_000, &stopped));
         let (started, mut count) = (Instant::now(), 0);
         while started.elapsed() < Duration::from_secs(3) {
             for _ in 0..64 {
@@ -593,14 +619,87 @@ fn figure_forwarding_rate() {
     }
 }
 
-/// 106-byte packets (64 of payload) as fast as one thread can, at most 20 M.
-fn generate(socket: &OwnedFd, stop: &AtomicBool) -> u64 {
+/// Nor is this: processor time of receive → transmit for packets that already stand in the socket, which other load on the
+/// machine does not change. 30,000 packets a round, best of 20 rounds.
+#[test]
+#[ignore = "a figure, not a promise"]
+fn figure_processor_time() {
+    let worlds: Vec<_> = BOTH.into_iter().filter_map(|engine| World::new(1500).map(|world| (engine, world))).collect();
+    for (engine, world) in &worlds {
+        setns(File::open(format!("/run/netns/{}", world.name)).unwrap(), CloneFlags::CLONE_NEWNET).unwrap();
+        let source = socket::open_send(ifindex("s0")).unwrap();
+        let mut memory = Memory::new();
+        let mut rx = receiver(*engine, socket::open_receive(ifindex("s1"), &[], None).unwrap(), &memory);
+        let mut tx = sender(*engine, socket::open_send(ifindex("d0")).unwrap(), &memory);
+        turn(&mut rx, &mut tx, &mut memory);
+        let bare = generator_time(&source);
+        while turn(&mut rx, &mut tx, &mut memory) > 0 {}
+        let rounds = (0..20).map(|_| {
+            (0..30_000).for_each(|n| inject(&source, &packet(n, &[], 106)));
+            let (started, mut count) = (processor_time(), 0);
+            while count < 30_000 {
+                count += turn(&mut rx, &mut tx, &mut memory);
+            }
+            (processor_time() - started).as_nanos() / 30_000
+        });
+        let rounds: Vec<u128> = rounds.collect();
+        let (best, worst) = (rounds.iter().min().unwrap(), rounds.iter().max().unwrap());
+        println!("{engine:?}: {best} ns a packet at best, {worst} at worst; sendmmsg alone {bare}");
+        assert_eq!((tx.failed(), rx.counters()), (0, Default::default()));
+        finish(rx, memory);
+    }
+}
+
+/// The yardstick: sendmmsg of the same packets alone (1,470 ns on this kind of machine at rest).
+fn generator_time(source: &OwnedFd) -> u128 {
+    let started = processor_time();
+    let sent = generate(source, 20_000, &AtomicBool::new(false));
+    (processor_time() - started).as_nanos() / u128::from(sent)
+}
+
+fn processor_time() -> Duration {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap().into()
+}
+
+/// REQUIREMENTS 001.3 as a figure: 200 kpps for 3 s in bursts of 32, counting what `strace -f -c` counts: run it under that.
+#[test]
+#[ignore = "a figure, not a promise"]
+fn figure_system_calls() {
+    let Some(_world) = World::new(1500) else { return };
+    let source = socket::open_send(ifindex("s0")).unwrap();
+    let mut memory = Memory::new();
+    let mut rx = receiver(Engine::Uring, socket::open_receive(ifindex("s1"), &[], None).unwrap(), &memory);
+    let mut tx = sender(Engine::Uring, socket::open_send(ifindex("d0")).unwrap(), &memory);
+    let generator = std::thread::spawn(move || {
+        let started = Instant::now();
+        let mut sent = 0;
+        while started.elapsed() < Duration::from_secs(3) {
+            let due = started.elapsed().as_micros() as u64 / 5;
+            if sent + 32 <= due {
+                sent += generate(&source, 32, &AtomicBool::new(false));
+            }
+        }
+        sent
+    });
+    let (mut count, mut turns) = (0u64, 0u64);
+    while !generator.is_finished() {
+        let forwarded = turn(&mut rx, &mut tx, &mut memory) as u64;
+        count += forwarded;
+        turns += u64::from(forwarded > 0);
+    }
+    println!("sent {}, forwarded {count} in {turns} turns: compare io_uring_enter", generator.join().unwrap());
+    while turn(&mut rx, &mut tx, &mut memory) > 0 {}
+    finish(rx, memory);
+}
+
+/// 106-byte packets (64 of payload) as fast as one thread can, `most` of them.
+fn generate(socket: &OwnedFd, most: u64, stop: &AtomicBool) -> u64 {
     let bytes = packet(0, &[], 106);
-    let addresses = [None::<nix::sys::socket::LinkAddr>; 64];
-    let slices: Vec<[std::io::IoSlice<'_>; 1]> = (0..64).map(|_| [std::io::IoSlice::new(&bytes)]).collect();
-    let mut headers = nix::sys::socket::MultiHeaders::preallocate(64, None);
+    let addresses = [None::<nix::sys::socket::LinkAddr>; 32];
+    let slices: Vec<[std::io::IoSlice<'_>; 1]> = (0..32).map(|_| [std::io::IoSlice::new(&bytes)]).collect();
+    let mut headers = nix::sys::socket::MultiHeaders::preallocate(32, None);
     let mut sent = 0;
-    while !stop.load(Ordering::Relaxed) && sent < 20_000_000 {
+    while !stop.load(Ordering::Relaxed) && sent < most {
         match nix::sys::socket::sendmmsg(socket.as_raw_fd(), &mut headers, &slices, addresses, [], MsgFlags::empty()) {
             Ok(results) => sent += results.count() as u64,
             Err(Errno::ENOBUFS) => {}

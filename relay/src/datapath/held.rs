@@ -1,7 +1,7 @@
 //! Which frames a packet port holds: one byte a frame in the work segment.
 //!
 //! An io_uring dies with its worker, and no ring tells which buffers it had; a successor takes back every frame that is
-//! marked here and stands in no ring. Written by the thread that hands frames to or takes them from such a port.
+//! marked here and stands in no ring. Two maps, one for receiving and one for sending ports, each written by the thread that hands frames to or takes them from such a port.
 //! Must never be consulted on the packet's way.
 
 use crate::sys::SharedArray;

@@ -72,6 +72,7 @@ pub struct Ingress<R> {
     pub(super) returns: Consumer<u64>,
     pub(super) counters: SharedArray<Counter>,
     pub(super) held: HeldMap,
+    pub(super) held_by_senders: HeldMap,
     tally: Tally,
     batch: Batch,
     spare: ArrayVec<Frame, BATCH_DESCS>,
@@ -97,14 +98,16 @@ pub struct IngressParts<R> {
     pub returns: Consumer<u64>,
     /// The counters this thread writes.
     pub counters: SharedArray<Counter>,
-    /// Which frames packet ports hold.
+    /// Which frames receiving packet ports hold.
     pub held: HeldMap,
+    /// Which frames sending packet ports held when the worker started.
+    pub held_by_senders: HeldMap,
 }
 
 impl<R: Receive> Ingress<R> {
     /// Puts the parts together; [`Ingress::recover`] comes next.
     pub fn new(parts: IngressParts<R>) -> Self {
-        let IngressParts { umem, pool, journal, ports, egress, returns, counters, held } = parts;
+        let IngressParts { umem, pool, journal, ports, egress, returns, counters, held, held_by_senders } = parts;
         Self {
             umem,
             pool,
@@ -114,6 +117,7 @@ impl<R: Receive> Ingress<R> {
             returns,
             counters,
             held,
+            held_by_senders,
             tally: Tally::default(),
             batch: Batch::new(),
             spare: ArrayVec::new(),
@@ -262,6 +266,9 @@ impl<R: Receive> Ingress<R> {
         self.freed.clear();
         self.inputs.clear();
         for frame in self.spare.drain(..) {
+            if !survives {
+                self.inputs.push(frame.index());
+            }
             self.freed.push(frame.into_index());
         }
         let Self { umem, pool, journal, egress, tally, batch, freed, inputs, staging, .. } = self;

@@ -142,10 +142,11 @@ impl<R: Receive> Ingress<R> {
     pub fn reclaim(&mut self, standing: &[u32]) -> u32 {
         let pool_len = self.pool.len();
         let in_pool: std::collections::HashSet<u32> = (0..pool_len).map(|position| self.pool.peek(position)).collect();
-        let held: Vec<u32> = self.held.frames().collect();
+        let held: std::collections::BTreeSet<u32> = self.held.frames().chain(self.held_by_senders.frames()).collect();
         let mut count = 0;
         for frame in held {
             self.held.clear(frame);
+            self.held_by_senders.clear(frame);
             if in_pool.contains(&frame) || standing.contains(&frame) {
                 continue;
             }

@@ -4,7 +4,8 @@
 
 use crate::plan::edit::Edit;
 use crate::plan::fate::OutputDropReason;
-use crate::rule::compile::{Compiled, Verdict};
+use crate::rule::compile::Compiled;
+use crate::rule::lookup::Verdict;
 use crate::wire::Headers;
 
 /// Where one output goes and what it changes.

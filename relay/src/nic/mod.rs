@@ -60,6 +60,8 @@ pub trait Receive {
     fn release(&mut self);
     /// Free-running consumer index of the receive ring (for the journal); 0 where the ring dies with the worker.
     fn position(&self) -> u32;
+    /// Frames the port wants to have standing with the kernel.
+    fn depth(&self) -> u32;
     /// Frames standing with the kernel for receiving: free ones and those holding packets not yet released.
     fn standing(&self) -> u32;
     /// Writes up to `max` frames from the top of the pool (without taking them) to where the kernel finds free frames,

@@ -34,10 +34,8 @@ pub const COMMAND_STOP: u32 = 2;
 pub enum PortKind {
     /// AF_XDP socket in `receive` (and `send`).
     Xsk,
-    /// AF_PACKET sockets driven by io_uring.
+    /// AF_PACKET sockets, driven by io_uring or, where the kernel refuses it, by recvmmsg and sendmmsg.
     Packet,
-    /// AF_PACKET sockets driven by recvmmsg and sendmmsg.
-    PacketPlain,
 }
 
 /// One port of the worker. Its number is its place in the list.

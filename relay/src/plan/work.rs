@@ -17,7 +17,8 @@ pub struct WorkLayout {
     pub egress_journal: usize,
     /// The pool.
     pub pool: usize,
-    /// One byte for each frame: whether a packet port holds it.
+    /// One byte for each frame: whether a receiving packet port holds it; then the same for sending ports (each map has
+    /// one writer).
     pub held: usize,
     /// The return ring (all frames fit).
     pub return_ring: usize,
@@ -39,11 +40,16 @@ impl WorkLayout {
         let egress_journal = ingress_journal + JOURNAL_LEN;
         let pool = egress_journal + JOURNAL_LEN;
         let held = pool + page(Pool::bytes(frame_count));
-        let return_ring = held + page(frame_count as usize);
+        let return_ring = held + 2 * page(frame_count as usize);
         let egress_rings = return_ring + page(crate::ring::Layout::<u64>::bytes(frame_count));
         let egress_stride = page(crate::ring::Layout::<crate::frame::RawDesc>::bytes(egress_capacity));
         let len = egress_rings + MAX_PORTS * egress_stride;
         Self { ingress_journal, egress_journal, pool, held, return_ring, egress_rings, egress_stride, egress_capacity, len }
+    }
+
+    /// Offset of the map of frames that sending packet ports hold.
+    pub const fn held_by_senders(&self, frame_count: u32) -> usize {
+        self.held + (frame_count as usize).next_multiple_of(4096)
     }
 
     /// Offset of a port's egress ring.

@@ -287,9 +287,14 @@ impl Fleet {
         changed
     }
 
-    /// Whether every worker forwards.
-    pub fn all_running(&self) -> bool {
-        self.slots.iter().all(|slot| matches!(slot.phase, Phase::Running))
+    /// Whether every worker forwards, but for those in a crash loop (they would hold everybody up).
+    pub fn settled(&self) -> bool {
+        let settled = |slot: &Slot| match slot.phase {
+            Phase::Running => true,
+            Phase::Waiting(_) => slot.backoff.degraded(),
+            _ => false,
+        };
+        self.slots.iter().all(settled)
     }
 
     /// Whether every worker that forwards uses this epoch (one that does not forward takes it at its start).

@@ -10,6 +10,7 @@ use crate::datapath::held::HeldMap;
 use crate::datapath::ingress::{Ingress, IngressParts, IngressPort};
 use crate::datapath::journal::Journal;
 use crate::frame::{FRAME_SIZE, Pool, RawDesc, Umem};
+use crate::nic::afpacket::{DEFAULT_DEPTH, PacketReceive, PacketTransmit};
 use crate::nic::afxdp::{self, port::AdoptError};
 use crate::plan::manifest::{CONTROL_LEN, Control, LAYOUT_VERSION, Manifest, ManifestError, PortKind, PortManifest};
 use crate::plan::records::{RULES_LEN, RecordsError, RulesSegment};
@@ -133,9 +134,18 @@ fn adopt(control: OwnedFd, status: OwnedFd) -> Result<Adopted, BootError> {
     let work = segment("work segment", manifest.work_fd, layout.len, true)?;
     let rules = RulesSegment::join(&segment("rules segment", manifest.rules_fd, RULES_LEN, false)?)?;
     let life = inherited("life socket", manifest.life_fd)?;
-    let held = HeldMap::new(SharedArray::new(&work, layout.held, manifest.frame_count as usize)?);
     initialise(&work, &layout, &manifest)?;
-    let mut parts = Parts { receive: Vec::new(), transmit: Vec::new(), egress: Vec::new(), ledgers: Vec::new() };
+    let held = SharedArray::new(&work, layout.held, manifest.frame_count as usize)?;
+    let held_by_senders = SharedArray::new(&work, layout.held_by_senders(manifest.frame_count), manifest.frame_count as usize)?;
+    let mut parts = Parts {
+        umem: Arc::clone(&umem),
+        held: held.clone(),
+        held_by_senders: held_by_senders.clone(),
+        receive: Vec::new(),
+        transmit: Vec::new(),
+        egress: Vec::new(),
+        ledgers: Vec::new(),
+    };
     for (number, port) in manifest.ports.iter().enumerate() {
         parts.adopt_port(&work, &layout, number, port)?;
     }
@@ -149,7 +159,8 @@ fn adopt(control: OwnedFd, status: OwnedFd) -> Result<Adopted, BootError> {
         egress: parts.egress,
         returns: Consumer::attach(Arc::clone(&memory), layout.return_ring)?,
         counters: status.ingress.clone(),
-        held,
+        held: HeldMap::new(held),
+        held_by_senders: HeldMap::new(held_by_senders),
     });
     let egress = Egress::new(Journal::attach(&work, layout.egress_journal)?, parts.transmit, Producer::attach(memory, layout.return_ring)?);
     Ok(Adopted { manifest, control, status, rules, ingress, egress, ledger, life })
@@ -177,6 +188,9 @@ fn ensure_ring<T: Pod>(work: &Arc<Mapping>, offset: usize, capacity: u32) -> Res
 }
 
 struct Parts {
+    umem: Arc<Umem>,
+    held: SharedArray<u8>,
+    held_by_senders: SharedArray<u8>,
     receive: Vec<IngressPort<AnyReceive>>,
     transmit: Vec<EgressPort<AnyTransmit>>,
     egress: Vec<Option<Producer<RawDesc>>>,
@@ -187,9 +201,7 @@ impl Parts {
     fn adopt_port(&mut self, work: &Arc<Mapping>, layout: &WorkLayout, number: usize, port: &PortManifest) -> Result<(), BootError> {
         let (receive, transmit) = match port.kind {
             PortKind::Xsk => self.adopt_xsk(port)?,
-            PortKind::Packet | PortKind::PacketPlain => {
-                return Err(BootError::Descriptor { role: "packet socket", fd: port.receive_fd, errno: Errno::ENOSYS });
-            }
+            PortKind::Packet => self.adopt_packet(port)?,
         };
         if port.ingress {
             self.receive.push(IngressPort { receive, number, ifindex: port.ifindex });
@@ -199,6 +211,15 @@ impl Parts {
         self.transmit.push(EgressPort { transmit, ring, number, state: PortState::default() });
         self.egress.push(if port.egress { Some(Producer::attach(memory, layout.egress_ring(number))?) } else { None });
         Ok(())
+    }
+
+    fn adopt_packet(&self, port: &PortManifest) -> Result<(AnyReceive, AnyTransmit), BootError> {
+        let receive = inherited("receiving AF_PACKET socket", port.receive_fd)?;
+        let send = inherited("sending AF_PACKET socket", port.send_fd)?;
+        let failed = |errno| BootError::Descriptor { role: "receiving AF_PACKET socket", fd: port.receive_fd, errno };
+        let receive = PacketReceive::open(receive, &self.umem, DEFAULT_DEPTH, self.held.clone()).map_err(failed)?;
+        let transmit = PacketTransmit::open(send, &self.umem, DEFAULT_DEPTH, self.held_by_senders.clone());
+        Ok((AnyReceive::Packet(receive), AnyTransmit::Packet(transmit)))
     }
 
     fn adopt_xsk(&mut self, port: &PortManifest) -> Result<(AnyReceive, AnyTransmit), BootError> {

@@ -23,7 +23,7 @@ pub struct Ledger {
     rings: Vec<[SharedWord; 2]>,
     returns: [SharedWord; 2],
     ports: Vec<PortLedger>,
-    held: SharedArray<u8>,
+    held: [SharedArray<u8>; 2],
 }
 
 #[derive(Clone, PartialEq, Eq)]
@@ -41,7 +41,9 @@ impl Ledger {
             Ok([SharedWord::new(work, at + crate::ring::layout::PRODUCER_AT)?, SharedWord::new(work, at + crate::ring::layout::CONSUMER_AT)?])
         };
         let rings = (0..crate::plan::counters::MAX_PORTS).map(|port| words(layout.egress_ring(port))).collect::<Result<_, _>>()?;
-        let held = SharedArray::new(work, layout.held, total as usize)?;
+        let maps = [layout.held, layout.held_by_senders(total)].map(|at| SharedArray::new(work, at, total as usize));
+        let [receivers, senders] = maps;
+        let held = [receivers?, senders?];
         Ok(Self { total, pool: SharedWord::new(work, layout.pool)?, rings, returns: words(layout.return_ring)?, ports, held })
     }
 
@@ -54,19 +56,19 @@ impl Ledger {
     }
 
     /// The frames by place; `None` where everything moved at every look.
-    pub fn read(&self, packet_standing: u32) -> Option<FrameStats> {
+    pub fn read(&self) -> Option<FrameStats> {
         let mut last = self.look();
         for _ in 0..LOOKS {
             let now = self.look();
             if now.0 == last.0 {
-                return Some(self.stats(&now.0, &now.1, packet_standing));
+                return Some(self.stats(&now.0, &now.1));
             }
             last = now;
         }
         None
     }
 
-    fn stats(&self, look: &Look, indices: &[[RingIndices; 2]], packet_standing: u32) -> FrameStats {
+    fn stats(&self, look: &Look, indices: &[[RingIndices; 2]]) -> FrameStats {
         let mut sum = PortFrames::default();
         for port in indices.iter().map(|indices| PortLedger::places(*indices)) {
             sum.fill += port.fill;
@@ -75,9 +77,10 @@ impl Ledger {
             sum.completion += port.completion;
             sum.kernel += port.kernel;
         }
-        let held = (0..self.held.len()).filter(|frame| self.held.get(*frame) != 0).count() as u32;
-        sum.fill += held.min(packet_standing);
-        sum.kernel += held.saturating_sub(packet_standing);
+        let count = |map: &SharedArray<u8>| (0..map.len()).filter(|frame| map.get(*frame) != 0).count() as u32;
+        let [receivers, senders] = &self.held;
+        sum.fill += count(receivers);
+        sum.kernel += count(senders);
         let placed = look.pool + sum.fill + sum.rx + look.egress + look.returning + sum.tx + sum.completion + sum.kernel;
         FrameStats {
             total: u64::from(self.total),

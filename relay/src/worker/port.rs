@@ -3,8 +3,10 @@
 //! Must never hold logic of its own.
 
 use crate::frame::{Frame, Pool, RawDesc, Umem};
+use crate::nic::afpacket::{PacketReceive, PacketTransmit};
 use crate::nic::afxdp::{XskReceive, XskTransmit};
 use crate::nic::{BATCH_DESCS, BATCH_LEN, Batch, Kick, Receive, ReceiveCounters, Transmit};
+use crate::sys::SharedArray;
 use arrayvec::ArrayVec;
 use nix::errno::Errno;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -14,6 +16,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 pub enum AnyReceive {
     /// AF_XDP.
     Xsk(XskReceive),
+    /// AF_PACKET.
+    Packet(PacketReceive<SharedArray<u8>>),
 }
 
 /// Any sending half.
@@ -21,12 +25,15 @@ pub enum AnyReceive {
 pub enum AnyTransmit {
     /// AF_XDP.
     Xsk(XskTransmit),
+    /// AF_PACKET.
+    Packet(PacketTransmit<SharedArray<u8>>),
 }
 
 macro_rules! each {
     ($self:expr, $port:ident => $call:expr) => {
         match $self {
             Self::Xsk($port) => $call,
+            Self::Packet($port) => $call,
         }
     };
 }
@@ -35,6 +42,14 @@ impl AnyReceive {
     /// What to poll for packets.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         each!(self, port => port.as_fd())
+    }
+
+    /// Reads the counters that cost a system call, and returns all.
+    pub fn housekeeping(&mut self) -> ReceiveCounters {
+        if let Self::Packet(port) = self {
+            port.housekeeping();
+        }
+        self.counters()
     }
 }
 

@@ -11,8 +11,9 @@ use super::wait::{self, Life, WaitPolicy};
 use crate::datapath::egress::Egress;
 use crate::datapath::ingress::Ingress;
 use crate::datapath::table::Table;
-use crate::nic::Receive;
-use crate::plan::counters::{Counter, output_range, rule_range};
+use crate::nic::ReceiveCounters;
+use crate::plan::counters::{Counter, output_range, port_drop, rule_range};
+use crate::plan::fate::DropReason;
 use crate::plan::manifest::{COMMAND_DRAIN, COMMAND_RUN, Control, Manifest};
 use crate::plan::records::{RecordsError, RulesSegment};
 use crate::plan::status::{STATE_BOOT, STATE_FAIL, STATE_HALT, STATE_RUN, StatusPage};
@@ -114,6 +115,7 @@ struct Worker {
     next_life: Instant,
     orphaned_at: Option<Instant>,
     egress_turns: u64,
+    port_counters: Vec<ReceiveCounters>,
 }
 
 impl Worker {
@@ -151,7 +153,9 @@ impl Worker {
             next_life: now,
             orphaned_at: None,
             egress_turns: 0,
+            port_counters: Vec::new(),
         };
+        worker.port_counters = vec![ReceiveCounters::default(); worker.ingress.ports().len()];
         worker.adopt_table(table);
         worker.housekeeping(now);
         worker.status.state.store(STATE_RUN, Release);
@@ -247,13 +251,31 @@ impl Worker {
     }
 
     fn beat(&mut self) {
-        let standing = self.ingress.ports().iter().filter(|port| !port.receive.survives()).map(|port| port.receive.standing()).sum();
-        if let Some(frames) = self.ledger.read(standing) {
+        self.count_port_drops();
+        if let Some(frames) = self.ledger.read() {
             self.status.set_frames(&frames);
         }
         let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
         self.status.beat_ns.store(now.as_nanos() as u64, Release);
         self.status.beat.store(self.status.beat.load(Relaxed) + 1, Release);
+    }
+
+    /// Adds what the ports have dropped since the last beat to their counters.
+    fn count_port_drops(&mut self) {
+        let counters = &self.status.ingress;
+        for (port, before) in self.ingress.ports_mut().iter_mut().zip(&mut self.port_counters) {
+            let now = port.receive.housekeeping();
+            let add = |reason, packets: u64| {
+                let index = port_drop(port.number, reason) as usize;
+                let counter = counters.get(index);
+                counters.set(index, Counter { packets: counter.packets + packets, ..counter });
+            };
+            add(DropReason::TooBig, now.too_big - before.too_big);
+            add(DropReason::InvalidDescriptor, now.invalid - before.invalid);
+            add(DropReason::FillEmpty, now.kernel_dropped - before.kernel_dropped);
+            add(DropReason::RxRingFull, now.ring_full - before.ring_full);
+            *before = now;
+        }
     }
 
     fn is_orphaned(&self) -> bool {

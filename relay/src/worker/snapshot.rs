@@ -23,7 +23,7 @@ fn table(snapshot: &Snapshot) -> Table {
     let plans = snapshot.rules.iter().map(plan).collect();
     let own = snapshot.own.iter().map(|own| (own.number, own.addr)).collect();
     // The supervisor has compiled the same set before it published it; a set that does not compile matches nothing here.
-    let compiled = compile(&inputs, 1, None).unwrap_or_else(|_| Compiled::default());
+    let compiled = compile(&inputs, &Compiled::default()).unwrap_or_else(|_| Compiled::default());
     Table::new(snapshot.epoch, plans, compiled, own)
 }
 

@@ -26,7 +26,7 @@ use crate::frame::{Frame, Pool, RawDesc, Umem};
 use crate::sys::SharedArray;
 use arrayvec::ArrayVec;
 use nix::errno::Errno;
-use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -119,7 +119,7 @@ impl<H: Held> PacketReceive<H> {
     /// Name of the backend, as `status` shows it.
     pub const fn backend(&self) -> &'static str {
         match self {
-            Self::Uring(_) => "af_packet_uring",
+            Self::Uring(_) => "af_packet",
             Self::Plain(..) => "af_packet_plain",
         }
     }
@@ -184,6 +184,12 @@ impl<H: Held> PacketReceive<H> {
     }
 }
 
+impl<H> AsFd for PacketReceive<H> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        either!(self, half => half.as_fd())
+    }
+}
+
 impl<H: Held> Receive for PacketReceive<H> {
     fn receive(&mut self, umem: &Umem, max: usize, batch: &mut Batch, spare: &mut ArrayVec<Frame, BATCH_DESCS>) {
         either!(self, half => half.receive(umem, max, batch, spare));
@@ -195,8 +201,24 @@ impl<H: Held> Receive for PacketReceive<H> {
         0
     }
 
-    fn refill(&mut self, umem: &Umem, pool: &mut Pool) -> u32 {
-        either!(self, half => half.refill(umem, pool))
+    fn survives(&self) -> bool {
+        false
+    }
+
+    fn standing(&self) -> u32 {
+        either!(self, half => half.standing())
+    }
+
+    fn stage_refill(&mut self, umem: &Umem, pool: &Pool, max: u32) -> u32 {
+        either!(self, half => half.stage_refill(umem, pool, max))
+    }
+
+    fn refill_position(&self) -> u32 {
+        0
+    }
+
+    fn publish_refill(&mut self, count: u32) {
+        either!(self, half => half.publish_refill(count));
     }
 
     fn depth(&self) -> u32 {
@@ -222,7 +244,7 @@ impl<H: Held> PacketTransmit<H> {
     /// Name of the backend, as `status` shows it.
     pub const fn backend(&self) -> &'static str {
         match self {
-            Self::Uring(_) => "af_packet_uring",
+            Self::Uring(_) => "af_packet",
             Self::Plain(..) => "af_packet_plain",
         }
     }
@@ -257,8 +279,12 @@ impl<H: Held> Transmit for PacketTransmit<H> {
         either!(self, half => half.reap(out));
     }
 
-    fn reaped(&mut self) {
-        either!(self, half => half.reaped());
+    fn survives(&self) -> bool {
+        false
+    }
+
+    fn reaped(&mut self, count: u32) {
+        either!(self, half => half.reaped(count));
     }
 
     fn position(&self) -> u32 {

@@ -131,17 +131,20 @@ impl<H: Held> Outbox<H> {
         }
     }
 
-    /// Moves addresses of finished descriptors to `out`. Their frames are the caller's from here on: the held map is
-    /// cleared before, since another thread may give the frame away again at once.
+    /// Copies addresses of finished descriptors to `out`; they stay here until [`Outbox::give_back`].
     pub(super) fn reap(&mut self, out: &mut ArrayVec<u64, BATCH_LEN>) {
-        while !out.is_full() {
-            let Some(addr) = self.done.pop_front() else { break };
+        let room = out.remaining_capacity();
+        out.extend(self.done.iter().take(room).copied());
+    }
+
+    /// The oldest `count` finished descriptors are somewhere else now; their frames are no longer held.
+    pub(super) fn give_back(&mut self, count: u32) {
+        for addr in self.done.drain(..(count as usize).min(self.done.len())) {
             if addr < self.umem_len {
                 self.held.set((addr / u64::from(FRAME_SIZE)) as u32, false);
             }
             self.outstanding = self.outstanding.wrapping_sub(1);
             self.reaped = self.reaped.wrapping_add(1);
-            out.push(addr);
         }
     }
 
@@ -234,6 +237,7 @@ mod tests {
     fn reap<H: Held>(outbox: &mut Outbox<H>) -> Vec<u64> {
         let mut out = ArrayVec::new();
         outbox.reap(&mut out);
+        outbox.give_back(out.len() as u32);
         out.to_vec()
     }
 

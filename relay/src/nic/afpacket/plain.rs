@@ -18,7 +18,7 @@ use arrayvec::ArrayVec;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -148,6 +148,12 @@ fn received_message(message: &libc::mmsghdr) -> Message {
     Message { control_len: header.msg_controllen as u32, payload_len: message.msg_len, flags: header.msg_flags as u32 }
 }
 
+impl<H> AsFd for PlainReceive<H> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
 impl<H: Held> Receive for PlainReceive<H> {
     fn receive(&mut self, umem: &Umem, max: usize, batch: &mut Batch, spare: &mut ArrayVec<Frame, BATCH_DESCS>) {
         let room = max.min(batch.remaining_capacity()).min(spare.remaining_capacity());
@@ -158,7 +164,6 @@ impl<H: Held> Receive for PlainReceive<H> {
         }
         let messages = self.call(umem, count);
         for (message, frame) in messages.iter().zip(self.ready.drain(..messages.len())) {
-            self.held.set(frame.index(), false);
             match layout::packet(umem, frame, *message) {
                 Ok(packet) => batch.push(packet),
                 Err(frame) => {
@@ -175,15 +180,30 @@ impl<H: Held> Receive for PlainReceive<H> {
         0
     }
 
-    fn refill(&mut self, umem: &Umem, pool: &mut Pool) -> u32 {
-        let before = self.ready.len();
-        while !self.stopping && !self.ready.is_full() {
-            let Some(frame) = pool.take(umem) else { break };
+    fn survives(&self) -> bool {
+        false
+    }
+
+    fn standing(&self) -> u32 {
+        self.ready.len() as u32
+    }
+
+    fn stage_refill(&mut self, umem: &Umem, pool: &Pool, max: u32) -> u32 {
+        let mut count = 0;
+        while !self.stopping && count < max.min(pool.len()) && !self.ready.is_full() {
+            let Ok(frame) = umem.claim_index(pool.peek(pool.len() - 1 - count)) else { break };
             self.held.set(frame.index(), true);
             self.ready.push(frame);
+            count += 1;
         }
-        (self.ready.len() - before) as u32
+        count
     }
+
+    fn refill_position(&self) -> u32 {
+        0
+    }
+
+    fn publish_refill(&mut self, _count: u32) {}
 
     fn depth(&self) -> u32 {
         self.ready.capacity() as u32
@@ -263,7 +283,13 @@ impl<H: Held> Transmit for PlainTransmit<H> {
         self.outbox.reap(out);
     }
 
-    fn reaped(&mut self) {}
+    fn reaped(&mut self, count: u32) {
+        self.outbox.give_back(count);
+    }
+
+    fn survives(&self) -> bool {
+        false
+    }
 
     fn position(&self) -> u32 {
         self.outbox.produced()

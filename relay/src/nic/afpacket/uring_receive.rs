@@ -18,7 +18,7 @@ use crate::nic::{BATCH_DESCS, Batch, Receive, ReceiveCounters};
 use arrayvec::ArrayVec;
 use io_uring::{cqueue, opcode};
 use nix::errno::Errno;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -206,11 +206,10 @@ impl<H: Held> UringReceive<H> {
         }
     }
 
-    /// The frame a completion names. Its mark is cleared before anyone can give it away again.
+    /// The frame a completion names. It stays marked as held until the data path has put it elsewhere.
     fn reclaim(&mut self, flags: u32) -> Option<Frame> {
         let number = cqueue::buffer_select(flags)?;
         let frame = self.posted.get_mut(usize::from(number)).and_then(Option::take)?;
-        self.held.set(frame.index(), false);
         self.vacant.push(number);
         Some(frame)
     }
@@ -236,10 +235,19 @@ impl<H: Held> UringReceive<H> {
     }
 }
 
+impl<H> AsFd for UringReceive<H> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ring.as_fd()
+    }
+}
+
 impl<H: Held> Receive for UringReceive<H> {
     fn receive(&mut self, umem: &Umem, max: usize, batch: &mut Batch, spare: &mut ArrayVec<Frame, BATCH_DESCS>) {
         let max = max.min(batch.capacity());
         let mut entered = false;
+        if !self.armed && !self.stopping && self.vacant.len() < self.posted.len() {
+            self.last_error = self.arm().err().or(self.last_error);
+        }
         while batch.len() < max && !spare.is_full() {
             match self.ring.completion() {
                 Some(completion) => self.take(umem, &completion, batch, spare),
@@ -255,22 +263,35 @@ impl<H: Held> Receive for UringReceive<H> {
         0
     }
 
-    fn refill(&mut self, umem: &Umem, pool: &mut Pool) -> u32 {
+    fn survives(&self) -> bool {
+        false
+    }
+
+    fn standing(&self) -> u32 {
+        (self.posted.len() - self.vacant.len()) as u32
+    }
+
+    fn stage_refill(&mut self, umem: &Umem, pool: &Pool, max: u32) -> u32 {
         debug_assert!(std::ptr::eq(umem.as_ptr(), self.umem.as_ptr()), "another UMEM");
         let mut count = 0;
-        while !self.stopping && !self.vacant.is_empty() {
-            let Some(frame) = pool.take(umem) else { break };
-            let Some(number) = self.vacant.pop() else { break };
+        while !self.stopping && count < max.min(pool.len()) {
+            let Ok(frame) = umem.claim_index(pool.peek(pool.len() - 1 - count)) else { break };
+            let Some(number) = self.vacant.pop() else {
+                frame.into_index();
+                break;
+            };
             self.lend(umem, number, frame);
             count += 1;
         }
-        if count > 0 {
-            self.buffers.publish();
-        }
-        if !self.armed && !self.stopping && self.vacant.len() < self.posted.len() {
-            self.last_error = self.arm().err().or(self.last_error);
-        }
         count
+    }
+
+    fn refill_position(&self) -> u32 {
+        0
+    }
+
+    fn publish_refill(&mut self, _count: u32) {
+        self.buffers.publish();
     }
 
     fn depth(&self) -> u32 {

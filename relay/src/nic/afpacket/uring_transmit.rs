@@ -132,7 +132,13 @@ impl<H: Held> Transmit for UringTransmit<H> {
         self.outbox.reap(out);
     }
 
-    fn reaped(&mut self) {}
+    fn reaped(&mut self, count: u32) {
+        self.outbox.give_back(count);
+    }
+
+    fn survives(&self) -> bool {
+        false
+    }
 
     fn position(&self) -> u32 {
         self.outbox.produced()

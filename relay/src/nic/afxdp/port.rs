@@ -163,6 +163,10 @@ impl Receive for XskReceive {
         self.position
     }
 
+    fn depth(&self) -> u32 {
+        self.depth
+    }
+
     fn standing(&self) -> u32 {
         self.fill_position.wrapping_sub(self.position)
     }
