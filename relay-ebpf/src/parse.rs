@@ -98,9 +98,6 @@ fn ipv4<const AT: usize>(packet: &Packet, len: u32, tag: u32) -> Result<Flow, Xd
         return Err(PassFragment);
     }
     let room = total_len - header_len;
-    if room < UDP_LEN {
-        return Err(PassMalformed);
-    }
     let udp = if header_len == IPV4_LEN { packet.bytes(AT + IPV4_LEN as usize) } else { packet.bytes_at(AT as u32 + header_len) };
     let port = port(udp, room)?;
     Ok(Flow { family: 4, tag, dst: [word(&ip, 16), 0, 0, 0], src: [word(&ip, 12), 0, 0, 0], port })
@@ -123,16 +120,14 @@ fn ipv6<const AT: usize>(packet: &Packet, len: u32, tag: u32) -> Result<Flow, Xd
         0 | 43 | 51 | 60 | 135 | 139 | 140 => return Err(PassExtension),
         _ => return Err(PassNotUdp),
     }
-    if payload_len < UDP_LEN {
-        return Err(PassMalformed);
-    }
     let port = port(packet.bytes(AT + IPV6_LEN as usize), payload_len)?;
     let dst = [word(&ip, 24), word(&ip, 28), word(&ip, 32), word(&ip, 36)];
     let src = [word(&ip, 8), word(&ip, 12), word(&ip, 16), word(&ip, 20)];
     Ok(Flow { family: 6, tag, dst, src, port })
 }
 
-/// RFC 768: the destination port of a datagram that has `room` bytes in its IP packet.
+/// RFC 768: the destination port of a datagram that has `room` bytes in its IP packet. A room smaller than the header
+/// needs no guard of its own: no length is both 8 at least and within it.
 #[inline(always)]
 fn port(udp: Option<[u8; UDP_LEN as usize]>, room: u32) -> Result<u16, XdpCounter> {
     let udp = udp.ok_or(PassMalformed)?;

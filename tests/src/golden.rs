@@ -336,6 +336,8 @@ fn hostile_ipv4(corpus: &mut Corpus) {
     for first in [0x40_u8, 0x41, 0x44] {
         corpus.pass(PassMalformed, &format!("header length {}", (first & 15) * 4), with(14, &[first]));
     }
+    // The source port becomes a UDP length that would fit.
+    corpus.pass(PassMalformed, "header length 16, all else plausible", patched(with(14, &[0x44]), 34, &30_u16.to_be_bytes()));
     corpus.pass(PassMalformed, "header longer than the packet", {
         patched(frame(&[], IPV4, &ipv4(UDP, "10.0.0.1", "239.1.1.1", 0, &udp(5000, 0))), 14, &[0x4f])
     });
