@@ -116,6 +116,7 @@ fn the_descriptor_is_readable_exactly_while_there_is_work() {
     assert!(readable(&f.server));
     f.turn();
     assert!(!readable(&f.server), "a client that waits for its answer must not wake the loop");
+    assert_eq!(f.server.connections.len(), 1, "its second request stays in the socket meanwhile");
 }
 
 #[test]
@@ -429,6 +430,20 @@ fn two_relays_cannot_both_replace_one_dead_socket() {
         });
         assert_eq!(servers.iter().filter(|server| server.is_ok()).count(), 1);
     }
+}
+
+/// Looking and replacing are one act: the race itself is too rare to be waited for.
+#[test]
+fn the_path_is_taken_only_with_the_directorys_lock() {
+    use nix::fcntl::{Flock, FlockArg};
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let path = directory.path().join("stale.sock");
+    drop(UnixListener::bind(&path).expect("binds"));
+    let file = fs::File::open(directory.path()).expect("opens");
+    let lock = Flock::lock(file, FlockArg::LockExclusive).expect("locks");
+    assert!(matches!(Server::bind(&path), Err(BindError::Locked { .. })));
+    drop(lock);
+    assert!(Server::bind(&path).is_ok());
 }
 
 #[test]
