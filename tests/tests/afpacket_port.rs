@@ -19,7 +19,7 @@ use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 const FRAMES: u32 = 1024;
@@ -165,7 +165,7 @@ fn bytes_of(memory: &Memory, packet: &Packet) -> Vec<u8> {
 
 /// Hands the port what it wants of the pool, as the ingress turn does.
 fn refill(rx: &mut impl Receive, memory: &mut Memory) {
-    let count = rx.stage_refill(&memory.umem, &memory.pool, BATCH_DESCS as u32 * 4);
+    let count = rx.stage_refill(&memory.umem, &memory.pool, 256);
     rx.publish_refill(count);
     memory.pool.set_len(memory.pool.len() - count);
 }
