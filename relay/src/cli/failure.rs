@@ -1,6 +1,6 @@
 //! How a command fails: one message, the field at fault, the remedy, and the exit code of INTERFACE.md.
 //!
-//! Must never print more than one line each for error and hint, and never a control character of foreign text.
+//! Must never print more than one line, and never a control character of foreign text.
 
 use crate::control::client::ClientError;
 use crate::control::message::ErrorBody;
@@ -48,18 +48,22 @@ impl Failure {
         self
     }
 
-    /// Two lines on stderr, or one of JSON. A stderr that is gone cannot be complained to.
+    /// One line on stderr, as text or JSON. A stderr that is gone cannot be complained to.
     pub fn print(&self, json: bool) {
-        let text = if json { self.json_line() } else { self.text_lines() };
+        let text = if json { self.json_line() } else { self.text_line() };
         let _ = io::stderr().write_all(text.as_bytes());
     }
 
-    fn text_lines(&self) -> String {
-        let mut text = format!("error: {}\n", one_line(&self.message));
-        if !self.hint.is_empty() {
-            text += &format!("hint: {}\n", one_line(&self.hint));
+    /// `error: MESSAGE (FIELD); HINT`, without the field where the message names it.
+    fn text_line(&self) -> String {
+        let mut text = format!("error: {}", one_line(&self.message));
+        if !self.field.is_empty() && !self.message.contains(&self.field) {
+            let _ = write!(text, " ({})", one_line(&self.field));
         }
-        text
+        if !self.hint.is_empty() {
+            let _ = write!(text, "; {}", one_line(&self.hint));
+        }
+        text + "\n"
     }
 
     fn json_line(&self) -> String {
@@ -68,7 +72,7 @@ impl Failure {
             error: ErrorBody,
         }
         let wrapped = Wrapped { error: self.clone().into() };
-        serde_json::to_string(&wrapped).unwrap_or_else(|_| self.text_lines()) + "\n"
+        serde_json::to_string(&wrapped).unwrap_or_else(|_| self.text_line()) + "\n"
     }
 }
 
@@ -131,7 +135,9 @@ mod tests {
     #[test]
     fn a_failure_is_one_line_and_cannot_drive_the_terminal() {
         let failure = Failure::bad_input("first\nsecond \x1b[31mred\n").hint("do\tthis");
-        assert_eq!(failure.text_lines(), "error: first second \\u{1b}[31mred\nhint: do this\n");
+        assert_eq!(failure.text_line(), "error: first second \\u{1b}[31mred; do this\n");
+        assert_eq!(Failure::new(3, "no relay").field("--socket").text_line(), "error: no relay (--socket)\n");
+        assert_eq!(Failure::new(3, "bad --cpus").field("--cpus").text_line(), "error: bad --cpus\n");
     }
 
     #[test]

@@ -116,7 +116,6 @@ impl Umem {
 
     /// The frame's bytes `[offset, offset + len)` to write, cut at the frame's end.
     #[inline]
-    #[expect(clippy::mut_from_ref, reason = "the exclusive borrow is that of the frame's token, not of the region")]
     pub fn bytes_mut<'a>(&'a self, frame: &'a mut Frame, offset: u32, len: u32) -> &'a mut [u8] {
         let (start, len) = self.range(frame, offset, len);
         // SAFETY: range() keeps start + len inside the mapping, which lives as long as self.

@@ -289,7 +289,7 @@ impl Supervisor {
 
     /// Plans the outputs again after news of the kernel; publishes only if something is different.
     fn replan(&mut self) {
-        if self.update.is_some() || !self.announced || !self.replan_at.is_some_and(|at| Instant::now() >= at) {
+        if self.update.is_some() || !self.announced || self.replan_at.is_none_or(|at| Instant::now() < at) {
             return;
         }
         self.replan_at = None;

@@ -91,7 +91,16 @@ pub fn egress_capacity(frames: u32) -> u32 {
     (frames / 8).clamp(64, 2048)
 }
 
+/// What a port was before a change: its use, whether our program was on it, rung and reason.
+pub type Mark = (Use, bool, &'static str, String);
+
 impl Ports {
+    /// For [`Maker::roll_back`].
+    pub fn mark(&self) -> Vec<Mark> {
+        let mark = |port: &Port| (Use { ingress: port.ingress, egress: port.egress }, port.attached, port.backend, port.reason.clone());
+        self.list.iter().map(mark).collect()
+    }
+
     /// All ports in numeric order.
     pub fn list(&self) -> &[Port] {
         &self.list
@@ -199,27 +208,32 @@ pub fn check_interfaces(rules: &[Rule], known: &BTreeMap<String, Interface>) -> 
 
 impl Maker<'_> {
     /// Makes what is missing of `needs`. Returns whether any port is new or is used in a new way (workers have to be
-    /// replaced then). On an error the ports made meanwhile are dropped again.
+    /// replaced then). After an error [`Maker::roll_back`] drops what was made meanwhile.
     pub fn ensure(
         &mut self,
         ports: &mut Ports,
         needs: &BTreeMap<(String, Way), Use>,
         known: &BTreeMap<String, Interface>,
     ) -> Result<bool, RunError> {
-        let before = ports.list.len();
         let mut changed = false;
         for ((name, way), used) in needs {
-            match self.ensure_one(ports, name, *way, *used, known) {
-                Ok(new) => changed |= new,
-                Err(error) => {
-                    for port in ports.list.drain(before..) {
-                        self.detach(&port);
-                    }
-                    return Err(error);
-                }
-            }
+            changed |= self.ensure_one(ports, name, *way, *used, known)?;
         }
         Ok(changed)
+    }
+
+    /// Makes the ports what they were at `mark`.
+    pub fn roll_back(&mut self, ports: &mut Ports, mark: &[Mark]) {
+        for port in ports.list.drain(mark.len().min(ports.list.len())..) {
+            self.detach(&port);
+        }
+        for (port, (used, attached, backend, reason)) in ports.list.iter_mut().zip(mark) {
+            if port.attached && !attached {
+                self.detach(port);
+                (port.attached, port.backend, port.reason) = (false, backend, reason.clone());
+            }
+            (port.ingress, port.egress) = (used.ingress, used.egress);
+        }
     }
 
     fn ensure_one(
@@ -233,12 +247,12 @@ impl Maker<'_> {
         let facts = known.get(name).ok_or_else(|| RunError::bad("interface", format!("no interface {name}"), "see `ip link`"))?;
         if let Some(port) = ports.list.iter_mut().find(|port| port.name == name && port.way == way) {
             let new = (used.ingress && !port.ingress) || (used.egress && !port.egress);
-            let attach = used.ingress && !port.ingress && way == Way::Xsk;
-            (port.ingress, port.egress) = (port.ingress || used.ingress, port.egress || used.egress);
-            if attach {
-                (port.backend, port.reason) = self.attach(facts).map_err(|error| self.refusal(error))?;
+            if used.ingress && !port.ingress && way == Way::Xsk {
+                let attached = self.attach(facts).and_then(|rung| self.check_queues(facts).map(|()| rung));
+                (port.backend, port.reason) = attached.map_err(|error| self.refusal(error))?;
                 port.attached = true;
             }
+            (port.ingress, port.egress) = (port.ingress || used.ingress, port.egress || used.egress);
             return Ok(new);
         }
         if ports.list.len() >= MAX_PORTS {
@@ -264,7 +278,8 @@ impl Maker<'_> {
         };
         let insisted = self.options.backend == BackendChoice::Xsk
             || self.options.xdp_mode != XdpMode::Auto
-            || matches!(refused, ProgramError::Foreign { .. } | ProgramError::AlreadyAttached { .. });
+            || self.options.zero_copy == ZeroCopyChoice::On
+            || matches!(refused, ProgramError::Foreign { .. } | ProgramError::AlreadyAttached { .. } | ProgramError::TooFewQueues { .. });
         if insisted {
             return Err(self.refusal(refused));
         }
@@ -281,7 +296,11 @@ impl Maker<'_> {
     }
 
     fn refusal(&self, error: ProgramError) -> RunError {
-        RunError::bad("interface", error, "use --backend packet for interfaces without XDP")
+        match error {
+            ProgramError::TooFewQueues { .. } => RunError::bad("--workers", error, ""),
+            ProgramError::Foreign { .. } => RunError::bad("interface", error, ""),
+            _ => RunError::bad("interface", error, "use --backend packet for interfaces without XDP"),
+        }
     }
 
     fn attach(&mut self, facts: &Interface) -> Result<(&'static str, String), ProgramError> {
@@ -293,6 +312,16 @@ impl Maker<'_> {
         };
         program.attach(facts.ifindex, mode)?;
         Ok((backend, format!("{mode} XDP attached")))
+    }
+
+    /// Every worker serves a queue of its own (DECISIONS §1). Only where XDP attaches: AF_PACKET deals out to any number.
+    fn check_queues(&mut self, facts: &Interface) -> Result<(), ProgramError> {
+        let (queues, workers) = (facts.rx_queues, self.umems.len());
+        if queues as usize >= workers {
+            return Ok(());
+        }
+        let _ = self.program.as_mut().map(|program| program.detach(facts.ifindex));
+        Err(ProgramError::TooFewQueues { interface: facts.name.clone(), queues, workers })
     }
 
     fn detach(&mut self, port: &Port) {
@@ -310,6 +339,7 @@ impl Maker<'_> {
         let (mut backend, mut reason) = ("af_xdp_copy", "sends only, needs no XDP program".to_string());
         if used.ingress {
             (backend, reason) = self.attach(facts)?;
+            self.check_queues(facts)?;
         }
         let flags = BindFlags {
             zero_copy: self.options.zero_copy == ZeroCopyChoice::On,

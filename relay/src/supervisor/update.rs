@@ -12,7 +12,7 @@ use super::book::Book;
 use super::engine::Supervisor;
 use super::error::RunError;
 use super::joins::Join;
-use super::ports::{self, Maker, Way};
+use super::ports::{self, Maker, Ports, Way};
 use super::view::View;
 use crate::control::message::Response;
 use crate::control::server::ClientToken;
@@ -56,16 +56,16 @@ impl Supervisor {
     pub fn begin(&mut self, set: RuleSet, client: Option<ClientToken>, answer: Response) -> Result<(), RunError> {
         self.known = ports::known(&mut self.interfaces)?;
         ports::check_interfaces(set.rules(), &self.known)?;
-        let needs = ports::needs(set.rules(), &self.options);
         let locks = self.locks_for(set.rules())?;
-        let mut maker = Maker { options: &self.options, program: self.program.as_mut(), no_program: &self.no_program, umems: &self.umems };
-        let changed = maker.ensure(&mut self.ports, &needs, &self.known)?;
-        let book = self.book.with(set, self.epoch + 1)?;
-        let view = View::new(&self.ports, &self.known, &mut self.interfaces);
-        let compiled = book.compile(&view, &self.compiled)?;
-        let mut view = view;
-        RulesSegment::check(&book.snapshot(self.epoch + 1, &mut view, Some(&self.book)))
-            .map_err(|error| RunError::bad("rules", error, ""))?;
+        let mark = self.ports.mark();
+        let (book, compiled, changed) = match self.prepare(set) {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                let (mut maker, ports) = self.maker();
+                maker.roll_back(ports, &mark);
+                return Err(error);
+            }
+        };
         self.locks.extend(locks);
         let update = Update { book, compiled, stage: Stage::Replacing, since: Instant::now(), client, answer };
         if changed && self.live {
@@ -74,6 +74,25 @@ impl Supervisor {
         self.update = Some(update);
         self.advance();
         Ok(())
+    }
+
+    /// The ports, book and tables of a new set, and whether workers have to be replaced for it.
+    fn prepare(&mut self, set: RuleSet) -> Result<(Book, Compiled, bool), RunError> {
+        let needs = ports::needs(set.rules(), &self.options);
+        let known = self.known.clone();
+        let (mut maker, ports) = self.maker();
+        let changed = maker.ensure(ports, &needs, &known)?;
+        let book = self.book.with(set, self.epoch + 1)?;
+        let mut view = View::new(&self.ports, &self.known, &mut self.interfaces);
+        let compiled = book.compile(&view, &self.compiled)?;
+        RulesSegment::check(&book.snapshot(self.epoch + 1, &mut view, Some(&self.book)))
+            .map_err(|error| RunError::bad("rules", error, ""))?;
+        Ok((book, compiled, changed))
+    }
+
+    fn maker(&mut self) -> (Maker<'_>, &mut Ports) {
+        let (options, program) = (&self.options, self.program.as_mut());
+        (Maker { options, program, no_program: &self.no_program, umems: &self.umems }, &mut self.ports)
     }
 
     fn locks_for(&self, rules: &[Rule]) -> Result<Vec<(u32, super::locks::Lock)>, RunError> {

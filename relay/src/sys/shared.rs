@@ -90,7 +90,7 @@ unsafe impl<T: Pod> Send for SharedArray<T> {}
 impl<T: Pod> SharedArray<T> {
     /// The array of `len` elements at `offset` bytes.
     pub fn new(mapping: &Arc<Mapping>, offset: usize, len: usize) -> Result<Self, OutOfMapping> {
-        let bytes = len.checked_mul(size_of::<T>()).unwrap_or(usize::MAX);
+        let bytes = len.saturating_mul(size_of::<T>());
         let ptr = place(mapping, offset, bytes, align_of::<T>())?.cast::<T>();
         Ok(Self { ptr, len, _mapping: Arc::clone(mapping), _element: PhantomData })
     }
@@ -113,8 +113,10 @@ impl<T: Pod> SharedArray<T> {
             debug_assert!(false, "element {index} of {}", self.len);
             return T::zeroed();
         }
-        // SAFETY: index < len, so the element lies in the mapping; Pod accepts any bytes another process may have written.
-        unsafe { self.ptr.add(index).read_volatile() }
+        // SAFETY: index < len, so the element lies in the mapping.
+        let element = unsafe { self.ptr.add(index) };
+        // SAFETY: aligned and in the mapping; Pod accepts any bytes another process may have written.
+        unsafe { element.read_volatile() }
     }
 
     /// Writes element `index`; nothing happens where there is no such element.
@@ -125,7 +127,9 @@ impl<T: Pod> SharedArray<T> {
             return;
         }
         // SAFETY: index < len, so the element lies in the mapping.
-        unsafe { self.ptr.add(index).write_volatile(value) }
+        let element = unsafe { self.ptr.add(index) };
+        // SAFETY: aligned and in the mapping, which is writable as long as self lives.
+        unsafe { element.write_volatile(value) }
     }
 
     /// Copies `values` to the elements from `first` on, as many as fit.

@@ -95,6 +95,7 @@ impl Link {
     }
 }
 
+#[expect(clippy::large_enum_variant, reason = "one value a process; a box would cost every fused turn an indirection")]
 enum Pipeline {
     Fused(Egress<AnyTransmit>),
     Split(Arc<Link>, std::thread::JoinHandle<Egress<AnyTransmit>>),

@@ -140,6 +140,7 @@ pub(crate) fn checksums_hold(frame: &[u8], h: &Headers) -> bool {
 }
 
 /// The specification again, byte by byte, with panics in place of care: the input is cut to what exists first.
+#[expect(clippy::too_many_lines, reason = "the specification in one piece, in the order of the bytes")]
 pub(crate) fn reference(p: &[u8]) -> Result<Headers, ParseVerdict> {
     use ParseVerdict::*;
     let word = |at: usize| u16::from_be_bytes([p[at], p[at + 1]]);

@@ -39,7 +39,7 @@ pub enum ProgramError {
     #[error("diagnostics: {0}")]
     Diagnostics(String),
     /// The driver has no XDP.
-    #[error("interface {interface} has no native XDP: use `--path packet`, or generic XDP with `--xdp-mode generic`")]
+    #[error("interface {interface} has no native XDP: use `--backend packet`, or generic XDP with `--xdp-mode generic`")]
     NoNativeXdp {
         /// The interface.
         interface: String,
@@ -81,6 +81,16 @@ pub enum ProgramError {
         program: u32,
         /// What it reports.
         found: String,
+    },
+    /// A worker would have no queue of its own.
+    #[error("interface {interface} has {queues} RX queue(s) for {workers} workers: ask for fewer, or add queues with `ethtool -L`")]
+    TooFewQueues {
+        /// The interface.
+        interface: String,
+        /// RX queues in use.
+        queues: u32,
+        /// Workers asked for.
+        workers: usize,
     },
     /// Nothing to detach.
     #[error("interface {ifindex} has no program of this relay")]
