@@ -1,7 +1,7 @@
 //! The packet port over veth pairs in a namespace of its own: what arrives is what was sent, and every frame comes back.
 //!
 //! Root only. `s0 → s1` is the ingress side (tests send on s0, the port receives on s1), `d0 → d1` the egress side.
-#![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot set up its world has failed")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot set up its world has failed")]
 
 use arrayvec::ArrayVec;
 use nix::errno::Errno;

@@ -1,6 +1,7 @@
 //! Where native XDP is refused: the rung below by itself, with the reason in status and log; generic XDP only when asked for.
 //!
 //! The interfaces are a bridge and a VLAN, neither of which has native XDP.
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test says what it expects")]
 
 use relay_tests::{Lab, Listener, RelayProcess, needs_root, send, send_args, start_relay};
 use serde_json::Value;
@@ -63,7 +64,11 @@ fn a_bridge_falls_back_to_af_packet() {
 fn a_vlan_falls_back_to_af_packet() {
     needs_root!();
     let lab = Lab::simple().unwrap();
-    lab.src.ip_batch("link add link s0 name s0.5 type vlan id 5\naddr add 10.5.0.1/24 dev s0.5\nlink set s0.5 up\n").unwrap();
+    if let Err(error) = lab.src.ip_batch("link add link s0 name s0.5 type vlan id 5\n") {
+        eprintln!("SKIPPED: this kernel has no VLAN interfaces: {error}");
+        return;
+    }
+    lab.src.ip_batch("addr add 10.5.0.1/24 dev s0.5\nlink set s0.5 up\n").unwrap();
     lab.relay.ip_batch("link add link r0 name r0.5 type vlan id 5\naddr add 10.5.0.2/24 dev r0.5\nlink set r0.5 up\n").unwrap();
     falls_back(&lab, "r0.5", "s0.5");
 }

@@ -104,6 +104,7 @@ fn nothing_is_left_behind() {
     needs_root!();
     if std::env::var_os("RELAY_LAB_TEST_CHILD").is_some() {
         let lab = Lab::simple().unwrap();
+        #[expect(clippy::zombie_processes, reason = "it must outlive this process, which is killed")]
         let _inside = lab.relay.command("sleep").unwrap().arg(format!("30.{}", std::process::id())).spawn().unwrap();
         std::thread::sleep(Duration::from_secs(30));
         return;

@@ -11,7 +11,7 @@ use crate::nic::afxdp::create::{RingSizes, SocketSpec, create};
 use crate::nic::afxdp::program::{Mode, Program, ProgramError, socket_index};
 use crate::plan::counters::MAX_PORTS;
 use crate::plan::manifest::{PortKind, PortManifest};
-use crate::rule::{PathChoice, Rule};
+use crate::rule::{EngineChoice, PathChoice, Rule};
 use crate::sys::xdp::BindFlags;
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -201,6 +201,24 @@ pub fn check_interfaces(rules: &[Rule], known: &BTreeMap<String, Interface>) -> 
                 let hint = format!("interfaces here are {}; see `ip link`", names.join(", "));
                 return Err(RunError::bad(field, format!("no interface {name} (rule {})", rule.id), hint));
             }
+        }
+    }
+    Ok(())
+}
+
+/// What this build cannot do is refused, never done another way in silence.
+pub fn check_paths(rules: &[Rule], options: &Options) -> Result<(), RunError> {
+    if options.backend == BackendChoice::Kernel {
+        return Err(RunError::bad("--backend", "the kernel path is not in this version", "use --backend auto, xsk or packet"));
+    }
+    for rule in rules {
+        if rule.path == PathChoice::Kernel {
+            let message = format!("path=kernel is not in this version (rule {})", rule.id);
+            return Err(RunError::bad("path", message, "use path=auto, xsk or packet"));
+        }
+        if rule.engine == EngineChoice::Coalesce {
+            let message = format!("engine=coalesce is not in this version (rule {})", rule.id);
+            return Err(RunError::bad("engine", message, "use engine=auto or tx"));
         }
     }
     Ok(())

@@ -56,6 +56,7 @@ impl Supervisor {
     pub fn begin(&mut self, set: RuleSet, client: Option<ClientToken>, answer: Response) -> Result<(), RunError> {
         self.known = ports::known(&mut self.interfaces)?;
         ports::check_interfaces(set.rules(), &self.known)?;
+        ports::check_paths(set.rules(), &self.options)?;
         let locks = self.locks_for(set.rules())?;
         let mark = self.ports.mark();
         let (book, compiled, changed) = match self.prepare(set) {
