@@ -11,7 +11,7 @@ use crate::nic::afxdp::create::{RingSizes, SocketSpec, create};
 use crate::nic::afxdp::program::{Mode, Program, ProgramError, socket_index};
 use crate::plan::counters::MAX_PORTS;
 use crate::plan::manifest::{PortKind, PortManifest};
-use crate::rule::{PathChoice, Rule};
+use crate::rule::{EngineChoice, PathChoice, Rule};
 use crate::sys::xdp::BindFlags;
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -192,6 +192,29 @@ pub fn check_interfaces(rules: &[Rule], known: &BTreeMap<String, Interface>) -> 
                 let hint = format!("interfaces here are {}; see `ip link`", names.join(", "));
                 return Err(RunError::bad(field, format!("no interface {name} (rule {})", rule.id), hint));
             }
+        }
+    }
+    Ok(())
+}
+
+/// What the language allows and this build can't do yet is refused, never quietly done another way.
+pub fn check_supported(rules: &[Rule], options: &Options) -> Result<(), RunError> {
+    let missing = |field: &str, what: &str, hint: &str| Err(RunError::bad(field, format!("{what} is not part of this version"), hint));
+    if options.backend == BackendChoice::Kernel {
+        return missing("--backend", "the kernel path", "use --backend xsk");
+    }
+    if options.metrics.is_some() {
+        return missing("--metrics", "the metrics endpoint", "use `relay stats --json`");
+    }
+    for rule in rules {
+        if rule.path == PathChoice::Kernel {
+            return missing("path", &format!("path=kernel (rule {})", rule.id), "use path=auto");
+        }
+        if rule.engine == EngineChoice::Coalesce {
+            return missing("engine", &format!("engine=coalesce (rule {})", rule.id), "use engine=auto");
+        }
+        if rule.outputs.iter().any(|output| output.rate.is_some()) {
+            return missing("rate", &format!("rate= (rule {})", rule.id), "leave it out");
         }
     }
     Ok(())

@@ -55,6 +55,7 @@ impl Supervisor {
     /// Checks a new set and starts to bring it in force. Nothing has changed if this fails.
     pub fn begin(&mut self, set: RuleSet, client: Option<ClientToken>, answer: Response) -> Result<(), RunError> {
         self.known = ports::known(&mut self.interfaces)?;
+        ports::check_supported(set.rules(), &self.options)?;
         ports::check_interfaces(set.rules(), &self.known)?;
         let needs = ports::needs(set.rules(), &self.options);
         let locks = self.locks_for(set.rules())?;
