@@ -206,19 +206,24 @@ pub fn check_interfaces(rules: &[Rule], known: &BTreeMap<String, Interface>) -> 
     Ok(())
 }
 
-/// What this build cannot do is refused, never done another way in silence.
-pub fn check_paths(rules: &[Rule], options: &Options) -> Result<(), RunError> {
+/// What the language allows and this build can't do yet is refused, never quietly done another way.
+pub fn check_supported(rules: &[Rule], options: &Options) -> Result<(), RunError> {
+    let missing = |field: &str, what: &str, hint: &str| Err(RunError::bad(field, format!("{what} is not part of this version"), hint));
     if options.backend == BackendChoice::Kernel {
-        return Err(RunError::bad("--backend", "the kernel path is not in this version", "use --backend auto, xsk or packet"));
+        return missing("--backend", "the kernel path", "use --backend xsk");
+    }
+    if options.metrics.is_some() {
+        return missing("--metrics", "the metrics endpoint", "use `relay stats --json`");
     }
     for rule in rules {
         if rule.path == PathChoice::Kernel {
-            let message = format!("path=kernel is not in this version (rule {})", rule.id);
-            return Err(RunError::bad("path", message, "use path=auto, xsk or packet"));
+            return missing("path", &format!("path=kernel (rule {})", rule.id), "use path=auto");
         }
         if rule.engine == EngineChoice::Coalesce {
-            let message = format!("engine=coalesce is not in this version (rule {})", rule.id);
-            return Err(RunError::bad("engine", message, "use engine=auto or tx"));
+            return missing("engine", &format!("engine=coalesce (rule {})", rule.id), "use engine=auto");
+        }
+        if rule.outputs.iter().any(|output| output.rate.is_some()) {
+            return missing("rate", &format!("rate= (rule {})", rule.id), "leave it out");
         }
     }
     Ok(())

@@ -55,8 +55,8 @@ impl Supervisor {
     /// Checks a new set and starts to bring it in force. Nothing has changed if this fails.
     pub fn begin(&mut self, set: RuleSet, client: Option<ClientToken>, answer: Response) -> Result<(), RunError> {
         self.known = ports::known(&mut self.interfaces)?;
+        ports::check_supported(set.rules(), &self.options)?;
         ports::check_interfaces(set.rules(), &self.known)?;
-        ports::check_paths(set.rules(), &self.options)?;
         let locks = self.locks_for(set.rules())?;
         let mark = self.ports.mark();
         let (book, compiled, changed) = match self.prepare(set) {
