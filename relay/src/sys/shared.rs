@@ -126,6 +126,7 @@ impl<T: Pod> SharedArray<T> {
         }
         // SAFETY: index < len, so the element lies in the mapping.
         unsafe { self.ptr.add(index).write_volatile(value) }
+        super::fuse::stored();
     }
 
     /// Copies `values` to the elements from `first` on, as many as fit.
@@ -138,6 +139,7 @@ impl<T: Pod> SharedArray<T> {
         let to = unsafe { self.ptr.add(first) };
         // SAFETY: count elements from `first` on lie in the mapping; `values` is ours and can't overlap a shared mapping.
         unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), to, count) }
+        super::fuse::stored();
     }
 
     /// Copies the elements from `first` on into `values`, as many as there are.
