@@ -20,7 +20,7 @@ use crate::ring::{self, Consumer, Memory, Producer};
 use crate::rule::compile::Compiled;
 use crate::sys::{Mapping, SharedArray, fuse};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
@@ -48,6 +48,8 @@ struct World {
     counters: SharedArray<Counter>,
     wires: Vec<SharedWire>,
     outputs: Vec<OutputPlan>,
+    /// Whether the ingress side is at work (a kill there may find the egress thread alive a little longer).
+    in_ingress: Cell<bool>,
 }
 
 /// A copy of all of it.
@@ -92,7 +94,7 @@ impl World {
         let wires: Vec<SharedWire> = survives.into_iter().map(wire).collect();
         wires[0].borrow_mut().queue = arrivals.into();
         let umem = Arc::new(Umem::new(region((FRAMES * FRAME_SIZE) as usize)));
-        Self { umem, work, layout, counters: StatusPage::new(&status).unwrap().ingress, wires, outputs }
+        Self { umem, work, layout, counters: StatusPage::new(&status).unwrap().ingress, wires, outputs, in_ingress: Cell::new(false) }
     }
 
     fn table(&self) -> Table {
@@ -165,7 +167,9 @@ impl World {
                 if self.wires[0].borrow().survives {
                     self.wires[0].borrow_mut().deliver(&self.umem, WAVE);
                 }
+                self.in_ingress.set(true);
                 moved += worker.ingress.turn(&table, true);
+                self.in_ingress.set(false);
             }
             moved += worker.egress.turn();
             let waiting = self.wires[0].borrow().queue.len();
@@ -190,7 +194,7 @@ impl World {
         fuse::disarm();
         if let Err(panic) = end {
             assert!(panic.is::<fuse::Killed>(), "not our kill");
-            if let Some(worker) = &mut worker {
+            if let (Some(worker), true) = (&mut worker, self.in_ingress.take()) {
                 for _ in 0..schedule.egress_after {
                     worker.egress.turn();
                 }
@@ -339,7 +343,13 @@ const LATE: Schedule = Schedule { ingress_turns: 3, egress_after: 0 };
 const SPLIT: Schedule = Schedule { ingress_turns: 1, egress_after: 2 };
 
 /// Kills at every store, and the successor at every `stride`-th of its own.
-fn matrix(outputs: &[OutputPlan], survives: [bool; PORTS], stride: usize, schedule: Schedule, judge: impl Fn(&World, &dyn std::fmt::Debug)) {
+fn matrix(
+    outputs: &[OutputPlan],
+    survives: [bool; PORTS],
+    stride: usize,
+    schedule: Schedule,
+    judge: impl Fn(&World, &dyn std::fmt::Debug),
+) {
     let world = World::new(outputs.to_vec(), survives, arrivals());
     let fresh = world.save();
     let mut kills = 0u64;

@@ -295,9 +295,9 @@ impl<R: Receive> Ingress<R> {
         for (at, packet) in batch.drain(..).enumerate() {
             journal.at(at);
             let skip = poison.is_some_and(|bits| bits & 1u64.checked_shl(at as u32).unwrap_or(0) != 0);
-            let mut hand = Hand { umem, pool, egress, staging, tally };
+            let mut hand = Hand { umem, pool, egress, staging, tally, replay: poison.is_some() };
             let saved = journal.saved(at);
-            let left = hand.packet(table, (number, ifindex), packet, &saved, poison.is_some(), skip);
+            let left = hand.packet(table, (number, ifindex), packet, &saved, skip);
             for fragment in left {
                 freed.push(fragment.frame.into_index());
             }
@@ -366,6 +366,8 @@ struct Hand<'a> {
     egress: &'a mut [Option<Producer<RawDesc>>],
     staging: &'a mut Staging,
     tally: &'a mut Tally,
+    /// A dead worker had this batch in hand: some of its rings may be published.
+    replay: bool,
 }
 
 type Fragments = ArrayVec<Fragment, MAX_FRAGMENTS>;
@@ -382,15 +384,7 @@ struct Parsed<'a> {
 
 impl Hand<'_> {
     /// Gives one packet its fate at every output; returns the fragments that no output took in place.
-    fn packet(
-        &mut self,
-        table: &Table,
-        (port, ifindex): (usize, u32),
-        packet: Packet,
-        saved: &SavedHeader,
-        replay: bool,
-        skip: bool,
-    ) -> Fragments {
+    fn packet(&mut self, table: &Table, (port, ifindex): (usize, u32), packet: Packet, saved: &SavedHeader, skip: bool) -> Fragments {
         let len: u64 = packet.fragments.iter().map(|fragment| u64::from(fragment.len)).sum();
         self.tally.add(port_rx(port), len);
         let first_len = packet.fragments.first().map_or(0, |first| first.len) as usize;
@@ -410,7 +404,7 @@ impl Hand<'_> {
             self.inspect(&headers, head, &packet.fragments)
         };
         match checked {
-            Ok(checked) => self.fan_out(rule, &Parsed { headers, checked, head, len }, packet.fragments, replay),
+            Ok(checked) => self.fan_out(rule, &Parsed { headers, checked, head, len }, packet.fragments),
             Err(reason) => {
                 self.tally.add(rule_drop(rule.slot as usize, reason), len);
                 packet.fragments
@@ -429,14 +423,14 @@ impl Hand<'_> {
     }
 
     /// Every output but the last gets a copy, the last the packet itself.
-    fn fan_out(&mut self, rule: &RulePlan, parsed: &Parsed<'_>, mut fragments: Fragments, replay: bool) -> Fragments {
+    fn fan_out(&mut self, rule: &RulePlan, parsed: &Parsed<'_>, mut fragments: Fragments) -> Fragments {
         let Some((last, others)) = rule.outputs.split_last() else { return fragments };
         for output in others {
             let sent = self.admit(output, fragments.len()).and_then(|()| self.copy_out(output, parsed, &fragments));
             self.count(output, parsed.len, sent);
         }
         let published = self.staging.is_published(last.port);
-        if replay && !published {
+        if self.replay && !published {
             restore(self.umem, &mut fragments, parsed.head);
         }
         let sent = self.admit(last, fragments.len()).and_then(|()| self.send_in_place(last, parsed, &mut fragments, published));
@@ -461,6 +455,10 @@ impl Hand<'_> {
         if (self.pool.len() as usize) < fragments.len() {
             return Err(OutputDropReason::NoFrame);
         }
+        if self.replay {
+            // The frames of a copy that does not fit are the next copy's, which may be published.
+            verdict(output, parsed)?;
+        }
         let mut copies = Fragments::new();
         // On a replay the copies may be in the published ring, or with the kernel already: the same frames, not written again.
         let published = self.staging.is_published(output.port);
@@ -472,7 +470,7 @@ impl Hand<'_> {
             }
             copies.push(Fragment { frame, offset: HEADROOM, len: fragment.len });
         }
-        let fits = if published { verdict(output, parsed) } else { self.edit(output, parsed, &mut copies) };
+        let fits = if published { Ok(()) } else { self.edit(output, parsed, &mut copies) };
         match fits {
             Ok(()) => {
                 self.stage(output, copies);

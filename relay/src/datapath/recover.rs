@@ -4,9 +4,9 @@
 
 use super::egress::Egress;
 use super::ingress::Ingress;
+use super::journal::Armed;
 use super::journal::{ARMED, COMMIT, MOVE, MOVE_REAP, MOVE_RECYCLE, MOVE_REFILL, MOVE_SEND};
 use super::table::Table;
-use super::journal::Armed;
 use crate::nic::{Receive, Transmit};
 use crate::sys::fuse;
 use std::collections::HashSet;

@@ -83,8 +83,8 @@ impl Wire {
     /// What dies with a worker.
     pub fn worker_died(&mut self) {
         if !self.survives {
-            (self.rx_released, self.fill_taken, self.tx_taken, self.reaped) =
-                (self.rx.len(), self.fill.len(), self.tx.len(), self.done.len());
+            self.tx.truncate(self.tx_taken);
+            (self.rx_released, self.fill_taken, self.reaped) = (self.rx.len(), self.fill.len(), self.done.len());
         }
     }
 
