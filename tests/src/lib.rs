@@ -15,6 +15,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 pub mod golden;
+pub mod process;
 
 pub use relay::lab::{Lab, LabSpec, RelayProcess};
 

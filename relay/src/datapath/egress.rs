@@ -8,7 +8,9 @@ use super::journal::{Journal, MOVE_REAP, MOVE_SEND, Move};
 use crate::frame::{CONTINUES, FRAME_SIZE, RawDesc};
 use crate::nic::{BATCH_LEN, Kick, Transmit};
 use crate::ring::{Consumer, Producer};
+use crate::sys::fuse;
 use arrayvec::ArrayVec;
+use std::collections::HashSet;
 
 /// A sending port of this worker.
 #[derive(Debug)]
@@ -65,10 +67,10 @@ impl<T: Transmit> Egress<T> {
     }
 
     /// Numbers of the frames standing in egress rings and the return ring (for the recovery of packet ports).
-    pub fn standing_frames(&mut self) -> Vec<u32> {
-        let mut frames = Vec::new();
+    pub fn standing_frames(&mut self) -> HashSet<u32> {
+        let mut frames = HashSet::new();
         for port in &mut self.ports {
-            let count = port.ring.available();
+            let count = port.ring.available_for(port.ring.capacity());
             frames.extend((0..count).map(|offset| (port.ring.read(offset).addr / u64::from(FRAME_SIZE)) as u32));
         }
         let depth = self.returns.capacity() - self.returns.free_for(self.returns.capacity());
@@ -96,6 +98,7 @@ fn reap<T: Transmit>(journal: &Journal, returns: &mut Producer<u64>, port: &mut 
     let (from, to) = (port.transmit.reap_position(), returns.position());
     journal.begin_move(Move { kind: MOVE_REAP, port: port.number as u32, from, from_count: count, to, to_count: count });
     returns.publish(count);
+    fuse::stored();
     port.transmit.reaped(count);
     journal.done();
     count as usize
@@ -120,6 +123,7 @@ fn drain<T: Transmit>(journal: &Journal, port: &mut EgressPort<T>) -> usize {
     journal.begin_move(Move { kind: MOVE_SEND, port: port.number as u32, from, from_count: count, to, to_count: count });
     port.transmit.publish();
     port.ring.release(count);
+    fuse::stored();
     journal.done();
     count as usize
 }

@@ -12,11 +12,11 @@ use super::rewrite::{Checked, inspect, rewrite};
 use super::table::{OutputPlan, RulePlan, Table};
 use super::tally::Tally;
 use crate::frame::{CONTINUES, FRAME_SIZE, Frame, HEADROOM, MAX_FRAGMENTS, Pool, RawDesc, Umem};
-use crate::nic::{BATCH_DESCS, BATCH_LEN, Batch, Fragment, Packet, Receive};
+use crate::nic::{BATCH_DESCS, BATCH_LEN, Batch, Fragment, Packet, Receive, TAKEN_DESCS};
 use crate::plan::counters::{Counter, MAX_PORTS, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx};
 use crate::plan::fate::{DropReason, OutputDropReason};
 use crate::ring::{Consumer, Producer};
-use crate::sys::SharedArray;
+use crate::sys::{SharedArray, fuse};
 use crate::wire::{Headers, parse};
 use arrayvec::ArrayVec;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use std::sync::Arc;
 /// Frames moved at most by one refill or recycle.
 const MOVE_LEN: u32 = 256;
 /// A refill waits until this many frames are missing, so that its journal entry is paid once for many.
-const REFILL_FROM: u32 = 32;
+const REFILL_FROM: u32 = if cfg!(test) { 4 } else { 32 };
 
 /// A receiving port of this worker.
 #[derive(Debug)]
@@ -76,8 +76,7 @@ pub struct Ingress<R> {
     tally: Tally,
     batch: Batch,
     spare: ArrayVec<Frame, BATCH_DESCS>,
-    freed: ArrayVec<u32, BATCH_DESCS>,
-    inputs: ArrayVec<u32, BATCH_DESCS>,
+    freed: ArrayVec<u32, TAKEN_DESCS>,
     staging: Staging,
 }
 
@@ -122,7 +121,6 @@ impl<R: Receive> Ingress<R> {
             batch: Batch::new(),
             spare: ArrayVec::new(),
             freed: ArrayVec::new(),
-            inputs: ArrayVec::new(),
             staging: Staging::default(),
         }
     }
@@ -179,6 +177,7 @@ impl<R: Receive> Ingress<R> {
         self.journal.begin_move(Move { kind: MOVE_RECYCLE, port: 0, from, from_count: count, to, to_count });
         self.pool.publish();
         self.returns.release(count);
+        fuse::stored();
         self.journal.done();
     }
 
@@ -214,19 +213,32 @@ impl<R: Receive> Ingress<R> {
             packet_count: count as u32,
             pool_len: self.pool.len(),
             epoch: table.epoch(),
+            slot_count: port.receive.taken(),
             ..Armed::default()
         };
-        self.arm(armed);
+        let armed = self.arm(armed);
         self.process_batch(index, table, None);
         self.commit(index, armed);
         count
     }
 
-    /// Saves headers and marks, then arms the journal.
-    fn arm(&mut self, armed: Armed) {
+    /// Saves packets and marks, then arms the journal.
+    fn arm(&mut self, armed: Armed) -> Armed {
+        let mut desc_count = 0;
         for (number, packet) in self.batch.iter().enumerate() {
-            self.journal.save(number, &header_of(&self.umem, packet));
+            self.journal.save(number, &header_of(&self.umem, packet), packet.hint);
+            let last = packet.fragments.len().saturating_sub(1);
+            for (piece, fragment) in packet.fragments.iter().enumerate() {
+                let options = if piece < last { CONTINUES } else { 0 };
+                let addr = fragment.frame.base() + u64::from(fragment.offset);
+                self.journal.save_desc(desc_count, RawDesc { addr, len: fragment.len, options });
+                desc_count += 1;
+            }
         }
+        for (number, frame) in self.spare.iter().enumerate() {
+            self.journal.save_desc(desc_count + number, RawDesc { addr: frame.base(), ..RawDesc::default() });
+        }
+        let armed = Armed { desc_count: desc_count as u32, spare_count: self.spare.len() as u32, ..armed };
         self.staging.published = 0;
         for (port, ring) in self.egress.iter_mut().enumerate() {
             let Some(ring) = ring else { continue };
@@ -236,6 +248,7 @@ impl<R: Receive> Ingress<R> {
             set(&mut self.staging.staged, port, 0);
         }
         self.journal.arm(armed);
+        armed
     }
 
     /// Rebuilds the room of a batch that a dead worker had armed. Rings whose index has moved are not written again.
@@ -251,32 +264,36 @@ impl<R: Receive> Ingress<R> {
         }
     }
 
-    /// Receives the batch that a dead worker had armed once more.
-    pub(super) fn receive_again(&mut self, index: usize, packet_count: usize) {
-        if let Some(port) = self.ports.get_mut(index) {
-            port.receive.receive(&self.umem, packet_count, &mut self.batch, &mut self.spare);
+    /// Makes the batch that a dead worker had armed once more: its frames are still what they were, whatever became of the
+    /// ring they came by. Numbers out of range would mean a corrupted segment and are left out.
+    pub(super) fn take_again(&mut self, armed: &Armed) {
+        let pieces = (0..armed.desc_count as usize).map(|at| self.journal.desc(at));
+        let mut fragments = Fragments::new();
+        for desc in pieces {
+            let Ok((frame, offset)) = self.umem.claim(desc) else { continue };
+            let full = fragments.try_push(Fragment { frame, offset, len: desc.len }).is_err();
+            debug_assert!(!full, "a packet was saved with more pieces than it can have");
+            if desc.options & CONTINUES == 0 {
+                let packet = Packet { fragments: std::mem::take(&mut fragments), hint: self.journal.hint(self.batch.len()) };
+                let _ = self.batch.try_push(packet);
+            }
+        }
+        for at in 0..armed.spare_count {
+            let desc = self.journal.desc((armed.desc_count + at) as usize);
+            let _ = self.umem.claim(desc).map(|(frame, _)| self.spare.try_push(frame));
         }
     }
 
     /// Gives every packet its fate. `poison`: bits of packets to drop unprocessed, on a replay only.
     pub(super) fn process_batch(&mut self, index: usize, table: &Table, poison: Option<u64>) {
         let Some(port) = self.ports.get(index) else { return };
-        let (number, ifindex, survives) = (port.number, port.ifindex, port.receive.survives());
+        let (number, ifindex) = (port.number, port.ifindex);
         self.tally.clear();
         self.freed.clear();
-        self.inputs.clear();
-        for frame in self.spare.drain(..) {
-            if !survives {
-                self.inputs.push(frame.index());
-            }
-            self.freed.push(frame.into_index());
-        }
-        let Self { umem, pool, journal, egress, tally, batch, freed, inputs, staging, .. } = self;
+        self.freed.extend(self.spare.drain(..).map(Frame::into_index));
+        let Self { umem, pool, journal, egress, tally, batch, freed, staging, .. } = self;
         for (at, packet) in batch.drain(..).enumerate() {
             journal.at(at);
-            if !survives {
-                inputs.extend(packet.fragments.iter().map(|fragment| fragment.frame.index()));
-            }
             let skip = poison.is_some_and(|bits| bits & 1u64.checked_shl(at as u32).unwrap_or(0) != 0);
             let mut hand = Hand { umem, pool, egress, staging, tally, replay: poison.is_some() };
             let saved = journal.saved(at);
@@ -284,18 +301,6 @@ impl<R: Receive> Ingress<R> {
             for fragment in left {
                 freed.push(fragment.frame.into_index());
             }
-        }
-    }
-
-    /// Drops the tokens of a batch whose frames have found their places already.
-    pub(super) fn forget_batch(&mut self) {
-        for packet in self.batch.drain(..) {
-            for fragment in packet.fragments {
-                fragment.frame.into_index();
-            }
-        }
-        for frame in self.spare.drain(..) {
-            frame.into_index();
         }
     }
 
@@ -308,18 +313,21 @@ impl<R: Receive> Ingress<R> {
                 && !self.staging.is_published(port as u32)
             {
                 ring.publish(staged);
+                fuse::stored();
             }
         }
         let armed = Armed { pool_after: self.pool.len(), ..armed };
         self.journal.begin_commit(armed, &self.freed, self.tally.entries());
-        for frame in &self.inputs {
-            self.held.clear(*frame);
-        }
-        self.finish(index);
+        self.finish(index, &armed);
     }
 
     /// COMMIT to its end.
-    pub(super) fn finish(&mut self, index: usize) {
+    pub(super) fn finish(&mut self, index: usize, armed: &Armed) {
+        if self.ports.get(index).is_some_and(|port| !port.receive.survives()) {
+            for at in 0..armed.desc_count + armed.spare_count {
+                self.held.clear((self.journal.desc(at as usize).addr / u64::from(FRAME_SIZE)) as u32);
+            }
+        }
         let umem = &self.umem;
         self.journal.commit(&mut self.pool, &self.counters, |pool, frame| {
             if let Ok(frame) = umem.claim_index(frame) {
@@ -358,7 +366,7 @@ struct Hand<'a> {
     egress: &'a mut [Option<Producer<RawDesc>>],
     staging: &'a mut Staging,
     tally: &'a mut Tally,
-    /// The batch is done a second time, after a crash.
+    /// A dead worker had this batch in hand: some of its rings may be published.
     replay: bool,
 }
 
@@ -447,14 +455,23 @@ impl Hand<'_> {
         if (self.pool.len() as usize) < fragments.len() {
             return Err(OutputDropReason::NoFrame);
         }
+        if self.replay {
+            // The frames of a copy that does not fit are the next copy's, which may be published.
+            verdict(output, parsed)?;
+        }
         let mut copies = Fragments::new();
+        // On a replay the copies may be in the published ring, or with the kernel already: the same frames, not written again.
+        let published = self.staging.is_published(output.port);
         for (index, fragment) in fragments.iter().enumerate() {
             let Some(mut frame) = self.pool.take(self.umem) else { break };
-            let head = if index == 0 { parsed.head } else { &[] };
-            copy(self.umem, fragment, head, &mut frame);
+            if !published {
+                let head = if index == 0 { parsed.head } else { &[] };
+                copy(self.umem, fragment, head, &mut frame);
+            }
             copies.push(Fragment { frame, offset: HEADROOM, len: fragment.len });
         }
-        match self.edit(output, parsed, &mut copies) {
+        let fits = if published { Ok(()) } else { self.edit(output, parsed, &mut copies) };
+        match fits {
             Ok(()) => {
                 self.stage(output, copies);
                 Ok(())
@@ -478,8 +495,7 @@ impl Hand<'_> {
     ) -> Result<(), OutputDropReason> {
         if published {
             // The dead worker has published this ring: where the packet got in, its frames are the ring's already.
-            let mut scratch = [0u8; SAVED_LEN + HEADROOM as usize];
-            let fits = rewrite_scratch(&mut scratch, output, parsed);
+            let fits = verdict(output, parsed);
             if fits.is_ok() {
                 self.stage(output, std::mem::take(fragments));
             }
@@ -516,17 +532,14 @@ impl Hand<'_> {
 }
 
 /// The verdict of a rewrite without touching the packet (its frame may be the kernel's by now).
-fn rewrite_scratch(
-    scratch: &mut [u8; SAVED_LEN + HEADROOM as usize],
-    output: &OutputPlan,
-    parsed: &Parsed<'_>,
-) -> Result<(), OutputDropReason> {
+fn verdict(output: &OutputPlan, parsed: &Parsed<'_>) -> Result<(), OutputDropReason> {
+    let mut scratch = [0u8; SAVED_LEN + HEADROOM as usize];
     let start = HEADROOM as usize;
     if let Some(to) = scratch.get_mut(start..start + parsed.head.len()) {
         to.copy_from_slice(parsed.head);
     }
     let (mut offset, mut len) = (HEADROOM, parsed.head.len() as u32);
-    rewrite(scratch, &mut offset, &mut len, &parsed.headers, &parsed.checked, &output.edit)
+    rewrite(&mut scratch, &mut offset, &mut len, &parsed.headers, &parsed.checked, &output.edit)
 }
 
 /// Writes the original header back (replay of a packet that no ring has got).

@@ -7,20 +7,23 @@
 //! MOVE: n elements from one place to another: write them, record, publish `to`, publish `from`, IDLE
 //! ```
 //! A successor (after pidfd: it sees every store of the dead worker, so compiler order suffices) finishes what it finds:
-//! ARMED: the same packets again from the saved headers, with the recorded room and pool, skipping egress rings whose
-//! index moved; COMMIT: again, every step of it is idempotent; MOVE: if `to` moved, publish `from`. One journal for each
+//! ARMED: the same packets again from the saved descriptors, hints and headers (a ring may have died, and a pushed tag
+//! overwrites the hint before the packet), with the recorded room and pool, skipping egress rings whose index moved; COMMIT: again, every step of it is idempotent; MOVE: if `to` moved, publish `from`. One journal for each
 //! thread: ingress and egress. Must never be written by anybody but that thread.
 
 use super::tally::{Increment, MAX_INCREMENTS};
 use crate::frame::Pool;
-use crate::nic::{BATCH_DESCS, BATCH_LEN};
+use crate::frame::RawDesc;
+use crate::nic::{BATCH_LEN, Hint, TAKEN_DESCS};
 use crate::plan::counters::{Counter, MAX_PORTS};
 use crate::plan::work::JOURNAL_LEN;
+use crate::sys::fuse;
 use crate::sys::shared::OutOfMapping;
 use crate::sys::{Mapping, SharedArray, SharedWord, SharedWord64};
 use bytemuck::{Pod, Zeroable};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::atomic::Ordering::{Acquire, Release, SeqCst};
+use std::sync::atomic::compiler_fence;
 
 /// Nothing in hand.
 pub const IDLE: u32 = 0;
@@ -37,7 +40,17 @@ pub const SAVED_LEN: usize = 96;
 /// A packet's original header. 96 bytes.
 pub type SavedHeader = [u8; SAVED_LEN];
 
-/// What is fixed for the batch in hand. 32 bytes, then the arrays.
+/// What the receiving side knew of a packet. 12 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+struct SavedHint {
+    /// Bit 0: a rule was named; bit 1: the checksum is partial.
+    flags: u32,
+    slot: u32,
+    serial: u32,
+}
+
+/// What is fixed for the batch in hand. 48 bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Armed {
@@ -57,6 +70,14 @@ pub struct Armed {
     pub pool_after: u32,
     /// Entries of the tally (COMMIT).
     pub increment_count: u32,
+    /// Descriptors saved of its packets.
+    pub desc_count: u32,
+    /// Descriptors saved behind those: frames received with no packet in them.
+    pub spare_count: u32,
+    /// Entries of the receive ring it takes.
+    pub slot_count: u32,
+    /// Always 0.
+    pub zero: u32,
 }
 
 /// One egress ring at the moment of arming. 8 bytes.
@@ -107,8 +128,10 @@ const MOVE_AT: usize = 128;
 const MARKS_AT: usize = 256;
 const FREED_AT: usize = MARKS_AT + MAX_PORTS * 8;
 const SAVED_AT: usize = FREED_AT + 1024;
-const INCREMENTS_AT: usize = SAVED_AT + BATCH_LEN * SAVED_LEN;
-const _: () = assert!(BATCH_DESCS * 4 <= 1024);
+const DESCS_AT: usize = SAVED_AT + BATCH_LEN * SAVED_LEN;
+const HINTS_AT: usize = DESCS_AT + TAKEN_DESCS * size_of::<RawDesc>();
+const INCREMENTS_AT: usize = (HINTS_AT + BATCH_LEN * size_of::<SavedHint>()).next_multiple_of(64);
+const _: () = assert!(TAKEN_DESCS * 4 <= 1024);
 const _: () = assert!(INCREMENTS_AT + MAX_INCREMENTS * size_of::<Increment>() <= JOURNAL_LEN);
 
 /// The journal of one thread of a worker.
@@ -125,6 +148,8 @@ pub struct Journal {
     marks: SharedArray<EgressMark>,
     freed: SharedArray<u32>,
     saved: SharedArray<SavedHeader>,
+    descs: SharedArray<RawDesc>,
+    hints: SharedArray<SavedHint>,
     increments: SharedArray<Increment>,
 }
 
@@ -141,8 +166,10 @@ impl Journal {
             armed: SharedArray::new(m, offset + ARMED_AT, 1)?,
             moving: SharedArray::new(m, offset + MOVE_AT, 1)?,
             marks: SharedArray::new(m, offset + MARKS_AT, MAX_PORTS)?,
-            freed: SharedArray::new(m, offset + FREED_AT, BATCH_DESCS)?,
+            freed: SharedArray::new(m, offset + FREED_AT, TAKEN_DESCS)?,
             saved: SharedArray::new(m, offset + SAVED_AT, BATCH_LEN)?,
+            descs: SharedArray::new(m, offset + DESCS_AT, TAKEN_DESCS)?,
+            hints: SharedArray::new(m, offset + HINTS_AT, BATCH_LEN)?,
             increments: SharedArray::new(m, offset + INCREMENTS_AT, MAX_INCREMENTS)?,
         })
     }
@@ -156,6 +183,7 @@ impl Journal {
     pub fn attempt(&self) -> u32 {
         let attempts = self.attempts.load(Acquire).saturating_add(1);
         self.attempts.store(attempts, Release);
+        fuse::stored();
         attempts
     }
 
@@ -176,10 +204,29 @@ impl Journal {
         self.cursor.store(packet as u32, Release);
     }
 
-    /// Saves a packet's header bytes (at most [`SAVED_LEN`]).
+    /// Saves a packet's header bytes (at most [`SAVED_LEN`]) and its hint.
     #[inline]
-    pub fn save(&self, packet: usize, header: &SavedHeader) {
+    pub fn save(&self, packet: usize, header: &SavedHeader, hint: Hint) {
         self.saved.set(packet, *header);
+        let (slot, serial) = hint.rule.unwrap_or_default();
+        self.hints.set(packet, SavedHint { flags: u32::from(hint.rule.is_some()) | u32::from(hint.partial) << 1, slot, serial });
+    }
+
+    /// The saved hint of a packet.
+    pub fn hint(&self, packet: usize) -> Hint {
+        let SavedHint { flags, slot, serial } = self.hints.get(packet);
+        Hint { rule: (flags & 1 != 0).then_some((slot, serial)), partial: flags & 2 != 0 }
+    }
+
+    /// Saves where a piece of a packet lies.
+    #[inline]
+    pub fn save_desc(&self, at: usize, desc: RawDesc) {
+        self.descs.set(at, desc);
+    }
+
+    /// Where a piece of a packet lies.
+    pub fn desc(&self, at: usize) -> RawDesc {
+        self.descs.get(at)
     }
 
     /// The saved header of a packet.
@@ -206,7 +253,7 @@ impl Journal {
         self.poison.store(0, Release);
         self.attempts.store(0, Release);
         self.armed.set(0, armed);
-        self.state.store(ARMED, Release);
+        self.enter(ARMED);
     }
 
     /// The batch in hand.
@@ -220,8 +267,9 @@ impl Journal {
         self.freed.set_all(0, freed);
         self.increments.set_all(0, tally);
         self.applied.store(0, Release);
+        fuse::stored();
         self.armed.set(0, Armed { freed_count: freed.len() as u32, increment_count: tally.len() as u32, ..armed });
-        self.state.store(COMMIT, Release);
+        self.enter(COMMIT);
     }
 
     /// COMMIT, all but the RX index: freed frames into the pool, its length, the counters. Idempotent.
@@ -253,6 +301,8 @@ impl Journal {
             self.target.set(done as usize % 2, target);
             done += 1;
             self.applied.store(done, Release);
+            compiler_fence(SeqCst);
+            fuse::stored();
             counters.set(entry.counter as usize, target);
         }
     }
@@ -261,7 +311,7 @@ impl Journal {
     #[inline]
     pub fn begin_move(&self, moving: Move) {
         self.moving.set(0, moving);
-        self.state.store(MOVE, Release);
+        self.enter(MOVE);
     }
 
     /// The move in progress.
@@ -272,6 +322,15 @@ impl Journal {
     /// Any state → IDLE.
     #[inline]
     pub fn done(&self) {
-        self.state.store(IDLE, Release);
+        self.enter(IDLE);
+    }
+
+    /// A successor sees the stores of a dead worker in program order; the fence keeps the compiler from moving the stores
+    /// that the new state speaks of before it (Release alone forbids only the other direction).
+    #[inline]
+    fn enter(&self, state: u32) {
+        self.state.store(state, Release);
+        compiler_fence(SeqCst);
+        fuse::stored();
     }
 }

@@ -4,10 +4,12 @@
 
 use super::egress::Egress;
 use super::ingress::Ingress;
+use super::journal::Armed;
 use super::journal::{ARMED, COMMIT, MOVE, MOVE_REAP, MOVE_RECYCLE, MOVE_REFILL, MOVE_SEND};
 use super::table::Table;
-use crate::frame::FRAME_SIZE;
 use crate::nic::{Receive, Transmit};
+use crate::sys::fuse;
+use std::collections::HashSet;
 
 /// The same batch is processed this many times before the packet at its cursor is taken for poison (DECISIONS §9).
 const MAX_ATTEMPTS: u32 = 3;
@@ -40,11 +42,12 @@ impl<T: Transmit> Egress<T> {
                     }
                 }
                 (MOVE_SEND, Some(port)) => {
-                    // A ring that died may have sent already: never twice, so the descriptors count as moved.
-                    let moved = !port.transmit.survives() || port.transmit.position() == moving.to.wrapping_add(moving.to_count);
-                    if moved && port.ring.position() == moving.from {
+                    // A ring that died had not been kicked yet (that comes after the move): nothing was sent.
+                    let published = port.transmit.position() == moving.to.wrapping_add(moving.to_count);
+                    if published && port.transmit.survives() && port.ring.position() == moving.from {
                         port.ring.available_for(moving.from_count);
                         port.ring.release(moving.from_count);
+                        fuse::stored();
                     }
                 }
                 _ => {}
@@ -78,6 +81,7 @@ impl<R: Receive> Ingress<R> {
                 if moved && self.returns.position() == moving.from {
                     self.returns.available_for(moving.from_count);
                     self.returns.release(moving.from_count);
+                    fuse::stored();
                 }
             }
             MOVE_REFILL => {
@@ -100,62 +104,54 @@ impl<R: Receive> Ingress<R> {
     fn recover_commit(&mut self) {
         let Some(index) = self.armed_port() else { return };
         let armed = self.journal.armed();
-        self.release_published();
-        let survives = self.ports.get(index).is_some_and(|port| port.receive.survives());
-        if survives && self.ports.get(index).is_some_and(|port| port.receive.position() == armed.rx_position) {
-            self.receive_again(index, armed.packet_count as usize);
-            self.forget_batch();
-        }
-        self.finish(index);
+        self.retake(index, &armed);
+        self.finish(index, &armed);
     }
 
     fn recover_batch(&mut self, table: impl FnOnce(u32) -> Option<Table>) -> u32 {
         let (Some(index), armed) = (self.armed_port(), self.journal.armed()) else { return 0 };
-        self.release_published();
-        if !self.ports.get(index).is_some_and(|port| port.receive.survives()) {
-            return 0;
-        }
         if self.journal.attempt() >= MAX_ATTEMPTS {
             self.journal.poison_at_cursor();
         }
         let Some(table) = table(armed.epoch) else { return 0 };
         self.rearm();
-        self.receive_again(index, armed.packet_count as usize);
+        self.take_again(&armed);
+        self.retake(index, &armed);
         self.process_batch(index, &table, Some(self.journal.poison()));
         self.commit(index, armed);
         armed.packet_count
     }
 
-    /// Frames that the batch in hand has put into egress rings are no longer held by the port they came from.
-    fn release_published(&mut self) {
-        for (port, ring) in self.egress.iter().enumerate() {
-            let Some(ring) = ring else { continue };
-            let mark = self.journal.marked(port);
-            for back in 1..=ring.position().wrapping_sub(mark.position).min(ring.capacity()) {
-                let address = ring.published(back).addr;
-                self.held.clear((address / u64::from(FRAME_SIZE)) as u32);
-            }
+    /// The ring entries of the batch are ours again, unless they were released.
+    fn retake(&mut self, index: usize, armed: &Armed) {
+        if let Some(port) = self.ports.get_mut(index)
+            && port.receive.survives()
+            && port.receive.position() == armed.rx_position
+        {
+            port.receive.retake(armed.slot_count);
         }
     }
 
     /// Takes back the frames of rings that died with the worker. `standing`: frames found in egress rings.
-    pub fn reclaim(&mut self, standing: &[u32]) -> u32 {
-        let pool_len = self.pool.len();
-        let in_pool: std::collections::HashSet<u32> = (0..pool_len).map(|position| self.pool.peek(position)).collect();
+    ///
+    /// A kill in here is harmless: frames stay marked until the pool that has them is published.
+    pub fn reclaim(&mut self, standing: &HashSet<u32>) -> u32 {
         let held: std::collections::BTreeSet<u32> = self.held.frames().chain(self.held_by_senders.frames()).collect();
-        let mut count = 0;
-        for frame in held {
-            self.held.clear(frame);
-            self.held_by_senders.clear(frame);
-            if in_pool.contains(&frame) || standing.contains(&frame) {
-                continue;
-            }
-            if let Ok(frame) = self.umem.claim_index(frame) {
+        if held.is_empty() {
+            return 0;
+        }
+        let in_pool: HashSet<u32> = (0..self.pool.len()).map(|position| self.pool.peek(position)).collect();
+        let before = self.pool.len();
+        for frame in held.iter().filter(|frame| !in_pool.contains(frame) && !standing.contains(frame)) {
+            if let Ok(frame) = self.umem.claim_index(*frame) {
                 self.pool.put(frame);
-                count += 1;
             }
         }
         self.pool.publish();
-        count
+        for frame in &held {
+            self.held.clear(*frame);
+            self.held_by_senders.clear(*frame);
+        }
+        self.pool.len() - before
     }
 }

@@ -87,6 +87,7 @@ impl Pool {
     #[inline]
     pub fn publish(&self) {
         self.published.store(self.len, Ordering::Release);
+        crate::sys::fuse::stored();
     }
 }
 

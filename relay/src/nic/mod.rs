@@ -6,6 +6,8 @@
 
 pub mod afpacket;
 pub mod afxdp;
+#[cfg(test)]
+pub mod memory;
 
 use crate::frame::{Frame, MAX_FRAGMENTS, Pool, RawDesc, Umem};
 use arrayvec::ArrayVec;
@@ -14,6 +16,8 @@ use arrayvec::ArrayVec;
 pub const BATCH_LEN: usize = 64;
 /// Descriptors of one batch at most (a batch ends on a packet boundary).
 pub const BATCH_DESCS: usize = BATCH_LEN + MAX_FRAGMENTS;
+/// Frames one [`Receive::receive`] hands out at most: those of packets, and those without one.
+pub const TAKEN_DESCS: usize = 2 * BATCH_DESCS;
 
 /// One piece of a packet: the frame, where the data starts in it, and how long it is.
 #[derive(Debug)]
@@ -58,6 +62,10 @@ pub trait Receive {
     fn receive(&mut self, umem: &Umem, max: usize, batch: &mut Batch, spare: &mut ArrayVec<Frame, BATCH_DESCS>);
     /// Gives the ring entries of the last [`Receive::receive`] back to the kernel. The last store of a turn.
     fn release(&mut self);
+    /// Entries of the receive ring that the last [`Receive::receive`] took; 0 where the ring dies with the worker.
+    fn taken(&self) -> u32;
+    /// Says that a predecessor had taken `count` entries, so that [`Receive::release`] gives those back.
+    fn retake(&mut self, count: u32);
     /// Free-running consumer index of the receive ring (for the journal); 0 where the ring dies with the worker.
     fn position(&self) -> u32;
     /// Frames the port wants to have standing with the kernel.

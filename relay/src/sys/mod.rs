@@ -2,6 +2,7 @@
 //!
 //! Must never hold policy. Every `unsafe` here is one system call, one mapping or one word in a mapping.
 
+pub mod fuse;
 pub mod mapping;
 pub mod memfd;
 pub mod process;

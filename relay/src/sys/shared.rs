@@ -130,6 +130,7 @@ impl<T: Pod> SharedArray<T> {
         let element = unsafe { self.ptr.add(index) };
         // SAFETY: aligned and in the mapping, which is writable as long as self lives.
         unsafe { element.write_volatile(value) }
+        super::fuse::stored();
     }
 
     /// Copies `values` to the elements from `first` on, as many as fit.
@@ -142,6 +143,7 @@ impl<T: Pod> SharedArray<T> {
         let to = unsafe { self.ptr.add(first) };
         // SAFETY: count elements from `first` on lie in the mapping; `values` is ours and can't overlap a shared mapping.
         unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), to, count) }
+        super::fuse::stored();
     }
 
     /// Copies the elements from `first` on into `values`, as many as there are.

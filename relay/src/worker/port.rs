@@ -66,6 +66,14 @@ impl Receive for AnyReceive {
         each!(self, port => port.release());
     }
 
+    fn taken(&self) -> u32 {
+        each!(self, port => port.taken())
+    }
+
+    fn retake(&mut self, count: u32) {
+        each!(self, port => port.retake(count));
+    }
+
     fn position(&self) -> u32 {
         each!(self, port => port.position())
     }

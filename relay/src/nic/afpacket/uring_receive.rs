@@ -259,6 +259,12 @@ impl<H: Held> Receive for UringReceive<H> {
 
     fn release(&mut self) {}
 
+    fn taken(&self) -> u32 {
+        0
+    }
+
+    fn retake(&mut self, _count: u32) {}
+
     fn position(&self) -> u32 {
         0
     }

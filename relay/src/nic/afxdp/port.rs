@@ -157,6 +157,14 @@ impl Receive for XskReceive {
         self.rx.release(self.position);
     }
 
+    fn taken(&self) -> u32 {
+        self.taken
+    }
+
+    fn retake(&mut self, count: u32) {
+        self.taken = count;
+    }
+
     fn position(&self) -> u32 {
         self.position
     }
