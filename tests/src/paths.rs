@@ -219,7 +219,13 @@ impl Run {
         for (report, (_, group, expected)) in self.reports.iter().zip(listens) {
             let got = (report.received, report.lost, report.duplicated, report.reordered, report.corrupted, report.foreign);
             let wanted = (*expected, 0, 0, 0, 0, 0);
-            assert_eq!(got, wanted, "{group}: (received, lost, duplicated, reordered, corrupted, foreign): {}; {}", recv::describe(report), self.after);
+            assert_eq!(
+                got,
+                wanted,
+                "{group}: (received, lost, duplicated, reordered, corrupted, foreign): {}; {}",
+                recv::describe(report),
+                self.after
+            );
         }
     }
 }

@@ -41,8 +41,7 @@ fn four_outputs_on_two_interfaces(path: &Path) {
     let outputs = "r1 239.9.9.1:6001 ttl=keep, r1 239.9.9.2:6002, r2 239.9.9.3:6003 ttl=7, r2 239.9.9.1:6004 ttl=dec";
     let relay = path.start(&lab, &[&format!("r0 239.1.1.1:5000 -> {outputs}; id=a")]).unwrap();
     let count = 10_000;
-    let listens =
-        [(1, "239.9.9.1:6001", count), (1, "239.9.9.2:6002", count), (2, "239.9.9.3:6003", count), (2, "239.9.9.1:6004", count)];
+    let listens = [(1, "239.9.9.1:6001", count), (1, "239.9.9.2:6002", count), (2, "239.9.9.3:6003", count), (2, "239.9.9.1:6004", count)];
     let reports = carry(&lab, &relay, send_args("s0", "239.1.1.1:5000", 20_000, count).unwrap(), &listens);
     assert_eq!(reports.iter().map(|report| only(&report.ttls)).collect::<Vec<_>>(), [16, 15, 7, 15]);
 }
@@ -61,11 +60,11 @@ fn two_outputs_over_ipv6(path: &Path) {
 
 fn sources_ports_and_dscp_are_as_told(path: &Path) {
     let lab = two_sinks();
-    let outputs = "r1 :6001 src=egress dscp=46, r1 239.9.9.2:6002 src=10.9.8.7 sport=4444, r2 239.9.9.3:6003 dscp=keep, r2 :6004 sport=1 src=egress";
+    let outputs =
+        "r1 :6001 src=egress dscp=46, r1 239.9.9.2:6002 src=10.9.8.7 sport=4444, r2 239.9.9.3:6003 dscp=keep, r2 :6004 sport=1 src=egress";
     let relay = path.start(&lab, &[&format!("r0 239.1.1.1:5000 -> {outputs}; id=a")]).unwrap();
     let count = 2_000;
-    let listens =
-        [(1, "239.1.1.1:6001", count), (1, "239.9.9.2:6002", count), (2, "239.9.9.3:6003", count), (2, "239.1.1.1:6004", count)];
+    let listens = [(1, "239.1.1.1:6001", count), (1, "239.9.9.2:6002", count), (2, "239.9.9.3:6003", count), (2, "239.1.1.1:6004", count)];
     let mut args = send_args("s0", "239.1.1.1:5000", 10_000, count).unwrap();
     (args.source, args.dscp) = (Some("10.0.0.1:7100".parse().unwrap()), 10);
     let reports = carry(&lab, &relay, args, &listens);

@@ -8,7 +8,12 @@ use relay_tests::{Lab, assert_frames_conserved, assert_rules_conserved, on_every
 use std::net::{Ipv4Addr, UdpSocket};
 use std::time::Duration;
 
-on_every_path!(every_datagram_arrives_once_in_order_and_whole, every_size_arrives_byte_for_byte, ipv6_arrives_whole);
+on_every_path!(
+    every_datagram_arrives_once_in_order_and_whole,
+    every_size_arrives_byte_for_byte,
+    ipv6_arrives_whole,
+    a_quiet_stream_is_not_kept_waiting,
+);
 
 const RULE: &str = "r0 239.1.1.1:5000 -> r1 239.9.9.9:6000 ttl=keep; id=a";
 
@@ -66,4 +71,14 @@ fn ipv6_arrives_whole(path: &Path) {
     run.assert_whole(&listens);
     assert_eq!(run.reports[0].ttls.iter().collect::<Vec<_>>(), [&16]);
     await_moved(&relay, &run.before, "a", &Moved::all(5_000, 1)).unwrap();
+}
+
+/// A worker that sleeps is woken by the packet, not by the end of its sleep (50 ms). Generous, since the machine may be busy.
+fn a_quiet_stream_is_not_kept_waiting(path: &Path) {
+    let lab = Lab::simple().unwrap();
+    let relay = path.start(&lab, &[RULE]).unwrap();
+    let listens = [(1, "239.9.9.9:6000", 100)];
+    let run = Run::of(&lab, &relay, &[send_args("s0", "239.1.1.1:5000", 100, 100).unwrap()], &listens).unwrap();
+    run.assert_whole(&listens);
+    assert!(run.reports[0].p50_us.unwrap() < 10_000.0, "{}", relay::lab::recv::describe(&run.reports[0]));
 }

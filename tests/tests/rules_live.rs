@@ -139,7 +139,8 @@ fn apply_swaps_all_rules_but_one(path: &Path) {
     };
     let stays = rule("stays", "239.1.1.1:5000", "r1", "239.9.9.9:6000", "ttl = \"keep\"");
     let set = |number: u64| {
-        let swapped: String = (1..=5).map(|k| rule(&format!("s{k}"), &format!("239.3.{number}.{k}:5000"), "r1", "239.7.7.7:6000", "")).collect();
+        let swapped: String =
+            (1..=5).map(|k| rule(&format!("s{k}"), &format!("239.3.{number}.{k}:5000"), "r1", "239.7.7.7:6000", "")).collect();
         file(&format!("{stays}{swapped}"))
     };
     under_load(path, &[], |_, relay| {
@@ -155,5 +156,7 @@ fn apply_swaps_all_rules_but_one(path: &Path) {
 }
 
 fn rule(id: &str, matching: &str, egress: &str, to: &str, key: &str) -> String {
-    format!("[[rule]]\nid = \"{id}\"\ningress = \"r0\"\nmatch = \"{matching}\"\n[[rule.output]]\negress = \"{egress}\"\nto = \"{to}\"\n{key}\n")
+    format!(
+        "[[rule]]\nid = \"{id}\"\ningress = \"r0\"\nmatch = \"{matching}\"\n[[rule.output]]\negress = \"{egress}\"\nto = \"{to}\"\n{key}\n"
+    )
 }
