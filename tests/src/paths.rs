@@ -1,6 +1,7 @@
 //! The packet paths that every acceptance test runs on, and one verified run of traffic through a relay.
 //!
-//! A run that a receiver spoiled by its own drops is void and repeated (DECISIONS, tests and figures). Must never forgive the
+//! A run that a receiver spoiled by its own drops, or that lost while the relay was denied a CPU, is void and repeated (DECISIONS,
+//! tests and figures). Must never forgive the
 //! relay a packet.
 
 use crate::{Listener, rule_stats, start_relay};
@@ -9,6 +10,8 @@ use relay::lab::recv::{self, Verdict};
 use relay::lab::{Lab, RelayProcess, send};
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,6 +21,47 @@ const ATTEMPTS: u32 = 5;
 const SETTLE: Duration = Duration::from_secs(2);
 
 static TURN: Mutex<()> = Mutex::new(());
+
+/// Share of a run that a thread of the relay may stand ready without a CPU before a loss says nothing (LIMITS: a preempted run).
+const STARVED: f64 = 0.05;
+
+/// How long each thread of the relay's workers has stood ready without a CPU, ns (/proc/PID/task/TID/schedstat, second number).
+#[derive(Clone, Debug)]
+pub struct Waits {
+    at: Instant,
+    threads: BTreeMap<PathBuf, u64>,
+}
+
+impl Waits {
+    /// Until now.
+    pub fn of(relay: &RelayProcess) -> Result<Self> {
+        let mut threads = BTreeMap::new();
+        for pid in relay.worker_pids()? {
+            for entry in std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+                let text = std::fs::read_to_string(entry.path().join("schedstat")).unwrap_or_default();
+                let waited = text.split_whitespace().nth(1).and_then(|number| number.parse().ok()).unwrap_or(0);
+                threads.insert(entry.path(), waited);
+            }
+        }
+        Ok(Self { at: Instant::now(), threads })
+    }
+
+    /// The largest share of the time since then that a thread has waited, where it is too large.
+    pub fn starved(&self, relay: &RelayProcess) -> Result<Option<f64>> {
+        let now = Self::of(relay)?;
+        let since = |(path, waited): (&PathBuf, &u64)| waited - self.threads.get(path).copied().unwrap_or(0).min(*waited);
+        let longest = now.threads.iter().map(since).max().unwrap_or(0);
+        let share = longest as f64 / (now.at - self.at).as_nanos() as f64;
+        Ok((share > STARVED).then_some(share))
+    }
+}
+
+/// The relay goes before what else runs on the machine: a busy machine is not a lossy relay.
+fn renice(nice: &str) {
+    let thread = nix::unistd::gettid().to_string();
+    // Where that fails, the test is as strict as with it, only less patient.
+    let _ = Command::new("renice").args(["-n", nice, "-p", &thread]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+}
 
 /// Tests of one file take turns: two relays under load on two CPUs would measure each other.
 pub fn turn() -> MutexGuard<'static, ()> {
@@ -81,7 +125,10 @@ impl Path {
     pub fn start(&self, lab: &Lab, rules: &[&str]) -> Result<RelayProcess> {
         let mut args = self.args.to_vec();
         args.extend(rules.iter().flat_map(|rule| ["--rule", rule]));
-        let relay = start_relay(lab, &args)?;
+        renice("-15");
+        let relay = start_relay(lab, &args);
+        renice("0");
+        let relay = relay?;
         self.check(&relay)?;
         Ok(relay)
     }
@@ -178,13 +225,15 @@ impl Run {
     /// Sends each of `sends` in turn and listens; repeats while a receiver spoils it.
     pub fn of(lab: &Lab, relay: &RelayProcess, sends: &[send::Args], listens: &[Listen<'_>]) -> Result<Self> {
         for _ in 0..ATTEMPTS {
+            let waits = Waits::of(relay)?;
             let run = Self::once(lab, relay, sends, listens)?;
-            if run.reports.iter().all(|report| report.verdict != Verdict::Void) {
+            let starved = waits.starved(relay)?.filter(|_| run.reports.iter().any(|report| report.lost > 0));
+            if starved.is_none() && run.reports.iter().all(|report| report.verdict != Verdict::Void) {
                 return Ok(run);
             }
-            eprintln!("a receiver dropped by itself: once more");
+            eprintln!("void, once more: a receiver dropped by itself, or the relay lost for want of a CPU (share {starved:?})");
         }
-        anyhow::bail!("{ATTEMPTS} runs in a row were spoiled by the receivers' own drops")
+        anyhow::bail!("{ATTEMPTS} runs in a row were void: the machine is too busy to judge the relay")
     }
 
     fn once(lab: &Lab, relay: &RelayProcess, sends: &[send::Args], listens: &[Listen<'_>]) -> Result<Self> {
