@@ -16,6 +16,7 @@ use std::time::Duration;
 
 pub mod golden;
 pub mod process;
+pub mod paths;
 
 pub use relay::lab::{Lab, LabSpec, RelayProcess};
 
@@ -73,8 +74,12 @@ pub struct Listener {
 impl Listener {
     /// Listens for `[SRC@]GROUP:PORT` on `iface` in `namespace` until `count` datagrams are there, or [`Listener::finish`].
     pub fn on(namespace: &Namespace, iface: &str, group: &str, count: Option<u64>) -> Result<Self> {
-        let args = recv_args(iface, group, count)?;
-        let receiver = namespace.run(|| Receiver::open(&args))??;
+        Self::with(namespace, &recv_args(iface, group, count)?)
+    }
+
+    /// Listens in `namespace` as `args` say.
+    pub fn with(namespace: &Namespace, args: &recv::Args) -> Result<Self> {
+        let receiver = namespace.run(|| Receiver::open(args))??;
         let stop = std::sync::Arc::<AtomicBool>::default();
         let seen = stop.clone();
         Ok(Self { thread: std::thread::spawn(move || receiver.run(&seen)), stop })

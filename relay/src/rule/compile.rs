@@ -200,7 +200,7 @@ fn verdict_of(prefix: &Prefix, rules: &BTreeMap<Option<Prefix>, &CompileInput<'_
 /// One step from the running tables to the next ones, as a map operation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MapChange {
-    /// Insert into `SOURCES`; prefix length of the whole key (32 bits of set number and the address's).
+    /// Insert into `SOURCES`; length of the prefix in bits of the address.
     SourcePut(u32, SourceKey, SourceVerdict),
     /// Insert into or replace in `MATCHES`.
     EntryPut(MatchKey, MatchEntry),
@@ -212,7 +212,7 @@ pub enum MapChange {
     EntryDelete(MatchKey),
     /// Wait until no packet that began before is still in the program (an RCU grace period; `membarrier(GLOBAL)` does).
     Settle,
-    /// Delete from `SOURCES`.
+    /// Delete from `SOURCES`; length as there.
     SourceDelete(u32, SourceKey),
 }
 
@@ -253,7 +253,7 @@ fn set_steps<'a>(here: &'a Compiled, there: &'a Compiled) -> impl Iterator<Item 
         let mut prefixes: Vec<_> = set.prefixes.iter().collect();
         prefixes.sort_unstable_by_key(|(prefix, _)| **prefix);
         let step = move |(prefix, verdict): (&SourcePrefix, &SourceVerdict)| {
-            (32 + u32::from(prefix.len), SourceKey { set: number.to_be_bytes(), addr: prefix.addr }, *verdict)
+            (u32::from(prefix.len), SourceKey { set: number.to_be_bytes(), addr: prefix.addr }, *verdict)
         };
         prefixes.into_iter().map(step)
     })

@@ -8,7 +8,7 @@ use super::capabilities::{self, Set};
 use super::error::RunError;
 use super::fleet::Fleet;
 use super::interfaces::{Interface, Interfaces};
-use super::joins::Joins;
+use super::joins::{Holders, Joins};
 use super::locks::Lock;
 use super::netlink::Watch;
 use super::options::{BackendChoice, Options};
@@ -49,6 +49,7 @@ pub struct Supervisor {
     pub(super) known: BTreeMap<String, Interface>,
     pub(super) locks: Vec<(u32, Lock)>,
     pub(super) joins: Joins,
+    pub(super) holders: Holders,
     pub(super) program: Option<Program>,
     pub(super) no_program: String,
     pub(super) umems: Vec<Umem>,
@@ -142,6 +143,7 @@ impl Supervisor {
             known,
             locks: Vec::new(),
             joins: Joins::new(),
+            holders: Holders::new(),
             program,
             no_program,
             umems,

@@ -139,12 +139,15 @@ impl Supervisor {
 
     fn add_port(&self, entry: &mut InterfaceStats, number: usize, port: &Port) {
         let mut taken = self.port_counter(port_rx(number));
-        entry.rx_bytes += self.port_bytes(port_rx(number));
+        let mut bytes = self.port_bytes(port_rx(number));
         for reason in DropReason::ALL {
             let packets = self.port_counter(port_drop(number, *reason));
             match reason {
                 // Nobody's packet: XDP would have passed it, and the kernel's stack has got it as well.
-                DropReason::NoRule => taken = taken.saturating_sub(packets),
+                DropReason::NoRule => {
+                    taken = taken.saturating_sub(packets);
+                    bytes = bytes.saturating_sub(self.port_bytes(port_drop(number, *reason)));
+                }
                 // Never reached a worker, so the worker's own count lacks it.
                 DropReason::FillEmpty | DropReason::RxRingFull | DropReason::TooBig => {
                     taken += packets;
@@ -162,6 +165,7 @@ impl Supervisor {
             self.add_passed(entry, number);
         }
         entry.rx_packets += taken;
+        entry.rx_bytes += bytes;
     }
 
     fn add_passed(&self, entry: &mut InterfaceStats, number: usize) {

@@ -16,13 +16,15 @@ use super::ports::{self, Maker, Ports, Way};
 use super::view::View;
 use crate::control::message::Response;
 use crate::control::server::ClientToken;
+use crate::nic::afpacket::socket::set_filter;
 use crate::nic::afxdp::program::{Program, ProgramError};
 use crate::plan::records::{RulesSegment, Snapshot};
 use crate::rule::Rule;
 use crate::rule::compile::{Compiled, MapChange, diff};
 use crate::rule::set::RuleSet;
 use relay_common::IngressConfig;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 /// A worker that has not taken an epoch after this time is replaced.
@@ -140,6 +142,7 @@ impl Supervisor {
         }
         self.take_live()?;
         self.set_joins(update.book.set.rules());
+        self.admit_unicast(update.book.set.rules())?;
         let steps = diff(&self.compiled, &update.compiled);
         self.apply_tables(steps)?;
         self.compiled = update.compiled.clone();
@@ -197,6 +200,32 @@ impl Supervisor {
         for (join, error) in self.joins.set(&wanted) {
             tracing::warn!(group = %join.group, ifindex = join.ifindex, %error, "join refused");
         }
+    }
+
+    /// Unicast rules on the packet path: their addresses through the sockets' filters, their ports held (DECISIONS §11).
+    fn admit_unicast(&mut self, rules: &[Rule]) -> Result<(), RunError> {
+        let mut filters: BTreeMap<usize, BTreeSet<IpAddr>> = BTreeMap::new();
+        let mut held = BTreeSet::new();
+        for rule in rules {
+            let group = rule.matching.group.addr;
+            let Some((number, _)) = self.ports.ingress(rule).filter(|(_, port)| port.way == Way::Packet) else { continue };
+            let addresses = filters.entry(number).or_default();
+            if !group.is_multicast() {
+                addresses.insert(group);
+                held.extend(rule.matching.port.map(|port| SocketAddr::new(group, port)));
+            }
+        }
+        for (number, addresses) in &filters {
+            let addresses: Vec<IpAddr> = addresses.iter().copied().collect();
+            for sockets in self.ports.list().get(*number).into_iter().flat_map(|port| &port.sockets) {
+                set_filter(&sockets.receive, &addresses).map_err(|error| RunError::failure(format!("SO_ATTACH_FILTER: {error}")))?;
+            }
+        }
+        for (address, error) in self.holders.set(&held) {
+            // Not an address of this host, or somebody receives there: no ICMP is to be feared.
+            tracing::debug!(%address, %error, "port not held");
+        }
+        Ok(())
     }
 
     fn apply_tables(&mut self, steps: Vec<MapChange>) -> Result<(), RunError> {

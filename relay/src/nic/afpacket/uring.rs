@@ -118,17 +118,6 @@ impl Ring {
     pub(super) fn has_completion(&mut self) -> bool {
         !self.uring.0.completion().is_empty()
     }
-
-    /// Descriptor to poll for completions.
-    pub(super) fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
-        // SAFETY: the descriptor is the ring's own and stays open as long as self is borrowed.
-        unsafe { std::os::fd::BorrowedFd::borrow_raw(self.as_raw_fd()) }
-    }
-
-    /// The ring's descriptor by number.
-    pub(super) fn as_raw_fd(&self) -> std::os::fd::RawFd {
-        self.uring.0.as_raw_fd()
-    }
 }
 
 /// The best set of flags the kernel knows, best first.

@@ -18,7 +18,7 @@ use crate::nic::{BATCH_DESCS, Batch, Receive, ReceiveCounters};
 use arrayvec::ArrayVec;
 use io_uring::{cqueue, opcode};
 use nix::errno::Errno;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -131,9 +131,9 @@ impl<H: Held> UringReceive<H> {
         })
     }
 
-    /// Descriptor to poll for packets.
+    /// Descriptor to poll for packets; see [`AsFd`].
     pub fn as_raw_fd(&self) -> RawFd {
-        self.ring.as_raw_fd()
+        self.socket.as_raw_fd()
     }
 
     /// Sleeps until there is a packet or the time is over. True for a packet (or anything else to look at).
@@ -236,8 +236,10 @@ impl<H: Held> UringReceive<H> {
 }
 
 impl<H> AsFd for UringReceive<H> {
+    /// The socket, not the ring: deferred task work (IORING_SETUP_DEFER_TASKRUN) wakes nobody who polls the ring. The socket
+    /// is readable for as long as the ring has not taken its packets.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.ring.as_fd()
+        self.socket.as_fd()
     }
 }
 

@@ -78,8 +78,7 @@ impl Maps {
 
     fn longest(&self, set: u32, src: [u8; 16]) -> Option<SourceVerdict> {
         let fits = |(len, key): &(u32, SourceKey)| {
-            key.set == set.to_be_bytes()
-                && in_prefix(&src, &Prefix { addr: std::net::Ipv6Addr::from(key.addr).into(), len: (len - 32) as u8 })
+            key.set == set.to_be_bytes() && in_prefix(&src, &Prefix { addr: std::net::Ipv6Addr::from(key.addr).into(), len: *len as u8 })
         };
         self.sources.iter().filter(|(key, _)| fits(key)).max_by_key(|((len, _), _)| *len).map(|(_, verdict)| *verdict)
     }
@@ -228,9 +227,9 @@ fn an_unchanged_source_set_keeps_its_number_and_a_changed_one_gets_a_new_one() {
     assert!(old != new && !first.sets.contains_key(&new) && new != 0);
     let changes = diff(&first, &second);
     let settle = changes.iter().position(|change| *change == MapChange::Settle).unwrap();
-    assert!(matches!(changes[0], MapChange::SourcePut(64, key, _) if key.set == new.to_be_bytes()));
+    assert!(matches!(changes[0], MapChange::SourcePut(32, key, _) if key.set == new.to_be_bytes()));
     assert!(matches!(changes[1], MapChange::EntryPut(_, entry) if entry.source_set == new));
-    assert!(changes[settle + 1..].iter().all(|change| matches!(change, MapChange::SourceDelete(64, key) if key.set == old.to_be_bytes())));
+    assert!(changes[settle + 1..].iter().all(|change| matches!(change, MapChange::SourceDelete(32, key) if key.set == old.to_be_bytes())));
     assert_eq!((settle, changes.len()), (2, 4));
     // A number that was used once never comes back.
     let third = compiled(&rules, &compiled(&[], &second));
