@@ -4,8 +4,14 @@
 //! logic: a type here is bytes with a documented shape. Every struct is `repr(C)` without padding, asserted below.
 #![no_std]
 
+pub mod lab;
+
 /// Interfaces one relay serves (slots of per-interface counters).
 pub const MAX_INTERFACES: u32 = 64;
+/// Slots of `COUNTERS`: one per interface, and [`NO_CONFIG_SLOT`].
+pub const COUNTER_SLOTS: u32 = MAX_INTERFACES + 1;
+/// Slot of `COUNTERS` that counts packets of interfaces without a configuration.
+pub const NO_CONFIG_SLOT: u32 = MAX_INTERFACES;
 /// Receive queues per interface that can have a socket; `XSKS` index = `slot * MAX_QUEUES + queue`.
 pub const MAX_QUEUES: u32 = 64;
 /// Shapes (distinct combinations of family, tag mode, group length, port mode) one ingress may use.
@@ -87,6 +93,9 @@ pub struct MatchEntry {
     /// Always 0.
     pub zero: u32,
 }
+
+/// Bits of a whole [`SourceKey`]: the prefix length of a lookup. A prefix of `n` address bits is stored with `32 + n`.
+pub const SOURCE_KEY_BITS: u32 = 160;
 
 /// Key data of map `SOURCES` (LPM trie; prefix length counts these 160 bits). 20 bytes.
 #[repr(C)]
@@ -209,5 +218,5 @@ mod pod {
             unsafe impl aya::Pod for $t {}
         )+};
     }
-    pod!(IngressConfig, MatchKey, MatchEntry, SourceKey, SourceVerdict, RedirectMeta, CounterValue);
+    pod!(IngressConfig, MatchKey, MatchEntry, SourceKey, SourceVerdict, RedirectMeta, CounterValue, lab::Template);
 }

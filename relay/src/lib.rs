@@ -9,6 +9,7 @@ pub mod datapath;
 pub mod frame;
 pub mod lab;
 pub mod nic;
+pub mod plan;
 pub mod ring;
 pub mod rule;
 pub mod shm;

@@ -1,2 +1,58 @@
-//! `cargo xtask`: the project's own tool.
-fn main() {}
+//! `cargo xtask`: the project's own tool. Needs nothing but Rust.
+//!
+//! One subcommand, one file. Must never become a part of the product.
+
+mod ebpf;
+mod packages;
+mod relay;
+mod requirements;
+mod source;
+mod stats;
+mod test;
+mod tidy;
+mod workspace;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+/// The project's own tool.
+#[derive(Parser)]
+#[command(name = "cargo xtask", version, about)]
+enum Command {
+    /// Install what is missing, build, and run `relay demo`
+    Demo(relay::Args),
+    /// Install what is missing, build, and run every test; the last line counts them
+    Test(test::Args),
+    /// Build, and run `relay bench path`
+    Bench(relay::Args),
+    /// Check what compilers don't: who imports whom, where unsafe code stands, how long files are
+    Tidy,
+    /// Count the lines and the unsafe blocks of every room
+    Stats,
+    /// Show which test proves which promise of the design documents
+    Requirements(requirements::Args),
+    /// Build the BPF objects from source, or check the committed ones
+    BuildEbpf(ebpf::Args),
+    /// Install what the build needs, and nothing else
+    Install,
+}
+
+fn main() -> ExitCode {
+    run(Command::parse()).unwrap_or_else(|error| {
+        eprintln!("xtask: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Demo(args) => relay::demo(&args),
+        Command::Test(args) => test::run(&args),
+        Command::Bench(args) => relay::bench(&args),
+        Command::Tidy => tidy::run(),
+        Command::Stats => stats::run(),
+        Command::Requirements(args) => requirements::run(&args),
+        Command::Install => packages::install_missing().map(|()| ExitCode::SUCCESS),
+        Command::BuildEbpf(args) => ebpf::run(&args).map(|()| ExitCode::SUCCESS),
+    }
+}

@@ -2,6 +2,7 @@
 //!
 //! Plain data: must never hold behaviour. Keys are a contract; add, never rename.
 
+pub use crate::plan::status::FrameStats;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -56,8 +57,21 @@ pub enum Response {
     Status(Box<Status>),
     /// Answer to [`Request::Stats`].
     Stats(Box<Stats>),
+    /// Answer to [`Request::Apply`].
+    Changes(Changes),
     /// Refused: nothing was changed.
     Error(ErrorBody),
+}
+
+/// What [`Request::Apply`] changes, or would change, as rule lines in canonical text. A changed rule is removed and added.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Changes {
+    /// Rules that come.
+    pub added: Vec<String>,
+    /// Rules that go.
+    pub removed: Vec<String>,
+    /// Rules that stay as they are.
+    pub unchanged: u64,
 }
 
 /// `{"error":{…}}`.
@@ -226,32 +240,4 @@ pub struct OutputStats {
     pub tx_bytes: u64,
     /// Packets this output did not get, by reason.
     pub drops: BTreeMap<String, u64>,
-}
-
-/// Where the frames are. The places sum to `total`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FrameStats {
-    /// Frames of all UMEMs.
-    pub total: u64,
-    /// In the pools.
-    pub free: u64,
-    /// In fill rings (or posted as receive buffers).
-    pub fill: u64,
-    /// In RX rings.
-    pub rx: u64,
-    /// In egress rings.
-    pub egress: u64,
-    /// In return rings.
-    #[serde(rename = "return")]
-    pub returning: u64,
-    /// In TX rings.
-    pub tx: u64,
-    /// In completion rings.
-    pub completion: u64,
-    /// In a worker's hand.
-    pub hand: u64,
-    /// With the kernel, in no ring.
-    pub kernel: u64,
-    /// Lost to invalid descriptors.
-    pub lost_invalid: u64,
 }

@@ -3,5 +3,13 @@
 //! Must never make a system call outside the port contract, take a lock, allocate per packet, log, panic on input, or
 //! know which kernel interface is behind a port.
 
-pub mod edit;
-pub mod fate;
+pub mod egress;
+pub mod held;
+pub mod ingress;
+pub mod journal;
+pub mod recover;
+pub mod rewrite;
+pub mod table;
+pub mod tally;
+
+pub use crate::plan::{edit, fate};

@@ -49,6 +49,8 @@ pub type Batch = ArrayVec<Packet, BATCH_LEN>;
 
 /// Receiving half of a port.
 pub trait Receive {
+    /// Whether the kernel's rings outlive the worker (AF_XDP), so that a successor finds the same packets and frames.
+    fn survives(&self) -> bool;
     /// Takes up to `max` (≤ [`BATCH_LEN`]) packets into `batch` (empty on entry), whole packets only. The entries stay
     /// in the kernel's ring until [`Receive::release`], so that a successor finds them again after a kill.
     /// Packets that can't be taken (more than [`MAX_FRAGMENTS`] pieces, an invalid descriptor) are counted in
@@ -58,10 +60,17 @@ pub trait Receive {
     fn release(&mut self);
     /// Free-running consumer index of the receive ring (for the journal); 0 where the ring dies with the worker.
     fn position(&self) -> u32;
-    /// Hands free frames to the kernel until it has enough of them or the pool is empty. Returns how many.
-    fn refill(&mut self, umem: &Umem, pool: &mut Pool) -> u32;
     /// Frames the port wants to have standing with the kernel.
     fn depth(&self) -> u32;
+    /// Frames standing with the kernel for receiving: free ones and those holding packets not yet released.
+    fn standing(&self) -> u32;
+    /// Writes up to `max` frames from the top of the pool (without taking them) to where the kernel finds free frames,
+    /// as far as the port wants more of them, and says how many. Nothing is visible before [`Receive::publish_refill`].
+    fn stage_refill(&mut self, umem: &Umem, pool: &Pool, max: u32) -> u32;
+    /// Free-running index of published free frames.
+    fn refill_position(&self) -> u32;
+    /// Makes the staged frames visible to the kernel.
+    fn publish_refill(&mut self, count: u32);
     /// Counters of this half.
     fn counters(&self) -> ReceiveCounters;
 }
@@ -94,6 +103,8 @@ pub enum Kick {
 
 /// Sending half of a port.
 pub trait Transmit {
+    /// Whether the kernel's rings outlive the worker (AF_XDP).
+    fn survives(&self) -> bool;
     /// Descriptors that can be put before the next [`Transmit::publish`] without overrunning the ring.
     fn free(&mut self) -> u32;
     /// Writes one descriptor (`options` = [`crate::frame::CONTINUES`] or 0). The caller keeps within [`Transmit::free`].
@@ -105,8 +116,8 @@ pub trait Transmit {
     /// Takes up to `out`'s capacity completed frames' UMEM addresses. They stay in the kernel's ring until
     /// [`Transmit::reaped`].
     fn reap(&mut self, out: &mut ArrayVec<u64, BATCH_LEN>);
-    /// Gives the entries of the last [`Transmit::reap`] back to the kernel.
-    fn reaped(&mut self);
+    /// Gives the oldest `count` completed entries back to the kernel.
+    fn reaped(&mut self, count: u32);
     /// Free-running producer index of the send ring.
     fn position(&self) -> u32;
     /// Free-running consumer index of the completion ring.

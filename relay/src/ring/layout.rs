@@ -94,6 +94,11 @@ pub(super) struct Head {
     pub(super) consumer: Side,
 }
 
+/// Offset of the published index in a ring.
+pub const PRODUCER_AT: usize = LINE_SIZE;
+/// Offset of the released index in a ring.
+pub const CONSUMER_AT: usize = 2 * LINE_SIZE;
+
 #[cfg(not(loom))]
 const _: () = {
     assert!(core::mem::offset_of!(Head, producer) == LINE_SIZE);

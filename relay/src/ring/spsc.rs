@@ -207,6 +207,13 @@ impl<T: Pod> Producer<T> {
         self.view.producer().store(self.published, Ordering::Release);
     }
 
+    /// Copy of the element published `back` places ago (1: the newest), as long as it has not been overwritten since.
+    #[cfg(not(loom))]
+    pub fn published(&self, back: u32) -> T {
+        // SAFETY: only the producer writes slots, and it is borrowed here; the consumer only reads them.
+        self.view.cell(self.published.wrapping_sub(back)).with(|slot| unsafe { slot.read() })
+    }
+
     /// Writes and publishes one element.
     #[inline]
     pub fn push(&mut self, value: T) -> Result<(), Full<T>> {

@@ -2,6 +2,23 @@
 //!
 //! Pure: must never know a socket, libc, a file or an interface's state.
 
+pub mod check;
+pub mod compile;
+mod cycle;
+pub mod error;
+pub mod lookup;
+pub mod prefix;
+pub mod resolve;
+pub mod set;
+pub mod text;
+pub mod value;
+
+#[cfg(test)]
+pub(crate) mod testing;
+
+pub use error::RuleError;
+pub use set::{RuleSet, SetDiff, SetError};
+
 use std::net::IpAddr;
 
 /// An address prefix; bits behind `len` are 0.

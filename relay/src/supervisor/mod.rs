@@ -3,4 +3,24 @@
 //! Must never block on a worker or touch a packet.
 
 pub mod backoff;
+pub mod book;
+pub mod capabilities;
+pub mod engine;
+pub mod error;
+pub mod fleet;
+pub mod interfaces;
+pub mod joins;
+mod kernel;
+pub mod locks;
+pub mod netlink;
+#[cfg(test)]
+mod netns;
+pub mod next_hop;
 pub mod options;
+pub mod ports;
+pub mod report;
+pub mod update;
+pub mod view;
+
+pub use engine::run;
+pub use error::RunError;

@@ -49,6 +49,17 @@ impl Mapping {
     }
 }
 
+// SAFETY: the range stays mapped at one address until drop, and is reached only through pointers by fenced code.
+unsafe impl crate::ring::Memory for Mapping {
+    fn as_ptr(&self) -> *mut u8 {
+        Self::as_ptr(self)
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: ptr and len are those of our own mmap, and nothing borrowed from this value outlives it.

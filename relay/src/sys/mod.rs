@@ -1,7 +1,12 @@
-//! Thin, safe faces of the system calls that `nix` lacks: mappings, memfds, pidfds, exec by descriptor.
+//! Thin, safe faces of the system calls that `nix` lacks: mappings, shared words, memfds, pidfds, exec by descriptor.
 //!
-//! Must never hold policy. Every `unsafe` here is one system call or one mapping.
+//! Must never hold policy. Every `unsafe` here is one system call, one mapping or one word in a mapping.
 
 pub mod mapping;
+pub mod memfd;
+pub mod process;
+pub mod shared;
+pub mod xdp;
 
 pub use mapping::Mapping;
+pub use shared::{SharedArray, SharedWord, SharedWord64};

@@ -1,0 +1,24 @@
+//! Layouts of the lab object: the programs of benchmarks and tests, never of a relay.
+
+/// Bytes a generated packet may have.
+pub const TEMPLATE_LEN: usize = 2048;
+/// Sockets (queues) of `LAB_XSKS` and entries of `LAB_DEVICES`.
+pub const LAB_SLOTS: u32 = 64;
+
+/// Value of map `LAB_TEMPLATE` (array, one entry): what `lab_generate` writes into every packet. 2064 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Template {
+    /// Bytes of the packet, at most [`TEMPLATE_LEN`]. Must be the length of the test run's input.
+    pub len: u32,
+    /// Where the sequence number (u64, big-endian, from `LAB_SEQUENCE` of this CPU) is written; 0: nowhere. Even.
+    pub sequence_offset: u32,
+    /// Where the checksum that covers the sequence number stands; 0: leave it as the template has it.
+    pub checksum_offset: u32,
+    /// That checksum for sequence number 0, host order.
+    pub checksum: u32,
+    /// The packet, with sequence number 0.
+    pub bytes: [u8; TEMPLATE_LEN],
+}
+
+const _: () = assert!(size_of::<Template>() == 2064);

@@ -1,2 +1,0 @@
-//! The XDP program (placeholder until the program room lands).
-fn main() {}

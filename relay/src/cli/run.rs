@@ -1,0 +1,156 @@
+//! `relay run`: the options of the supervisor, checked as far as that needs no privilege, then its loop.
+
+use super::failure::Failure;
+use super::values::{self, CpuList};
+use super::{Context, OK, Outcome, rules};
+use crate::supervisor;
+use crate::supervisor::options::{BackendChoice, Options, PartitionChoice, PipelineChoice, WaitChoice, XdpMode, ZeroCopyChoice};
+use clap::Args;
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::unistd::Pid;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+const BACKENDS: &[(&str, BackendChoice)] =
+    &[("auto", BackendChoice::Auto), ("kernel", BackendChoice::Kernel), ("xsk", BackendChoice::Xsk), ("packet", BackendChoice::Packet)];
+const XDP_MODES: &[(&str, XdpMode)] = &[("auto", XdpMode::Auto), ("native", XdpMode::Native), ("generic", XdpMode::Generic)];
+const ZERO_COPY: &[(&str, ZeroCopyChoice)] = &[("auto", ZeroCopyChoice::Auto), ("on", ZeroCopyChoice::On), ("off", ZeroCopyChoice::Off)];
+const PIPELINES: &[(&str, PipelineChoice)] =
+    &[("auto", PipelineChoice::Auto), ("fused", PipelineChoice::Fused), ("split", PipelineChoice::Split)];
+const WAITS: &[(&str, WaitChoice)] = &[("spin", WaitChoice::Spin), ("adaptive", WaitChoice::Adaptive), ("poll", WaitChoice::Poll)];
+const PARTITIONS: &[(&str, PartitionChoice)] = &[
+    ("flow-hash", PartitionChoice::FlowHash),
+    ("consistent", PartitionChoice::Consistent),
+    ("range", PartitionChoice::Range),
+    ("round-robin", PartitionChoice::RoundRobin),
+];
+
+/// Arguments of `relay run`.
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    /// Rules from a TOML file (read again on SIGHUP)
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// A rule, as one line (repeatable)
+    #[arg(long = "rule", value_name = "RULE")]
+    rules: Vec<String>,
+    /// Path for packets; auto: the best that each interface offers
+    #[arg(long, value_parser = values::choice(BACKENDS), default_value = "auto")]
+    backend: BackendChoice,
+    /// How XDP attaches; auto: native, else the packet path (generic only when asked for)
+    #[arg(long, value_parser = values::choice(XDP_MODES), default_value = "auto")]
+    xdp_mode: XdpMode,
+    /// Zero copy where the driver can, or insisted on, or never
+    #[arg(long, value_parser = values::choice(ZERO_COPY), default_value = "auto")]
+    zero_copy: ZeroCopyChoice,
+    /// One thread for receiving and sending, or two; auto: one, unless three CPUs or more are allowed
+    #[arg(long, value_parser = values::choice(PIPELINES), default_value = "auto")]
+    pipeline: PipelineChoice,
+    /// Worker processes; each serves one queue of every interface
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(relay_common::MAX_QUEUES)))]
+    workers: u32,
+    /// CPUs for the workers, such as 0,2-3 [default: the inherited affinity]
+    #[arg(long, value_name = "LIST", value_parser = values::cpu_list)]
+    cpus: Option<CpuList>,
+    /// How flows are dealt out to several workers
+    #[arg(long, value_parser = values::choice(PARTITIONS), default_value = "flow-hash")]
+    partition: PartitionChoice,
+    /// What a worker does when idle
+    #[arg(long, value_parser = values::choice(WAITS), default_value = "adaptive")]
+    wait: WaitChoice,
+    /// How long workers forward on without a supervisor; 0: they leave at once
+    #[arg(long, value_name = "DURATION", default_value = "0", value_parser = values::duration)]
+    linger: Duration,
+    /// Serve metrics in the Prometheus text format at this address
+    #[arg(long, value_name = "ADDR")]
+    metrics: Option<SocketAddr>,
+    /// Frames of packet memory per worker, 2 KiB each, a power of two
+    #[arg(long, value_name = "N", default_value = "16384", value_parser = values::frames)]
+    frames: u32,
+    /// How often a worker shows that it lives
+    #[arg(long, value_name = "DURATION", default_value = "100ms", value_parser = values::period)]
+    heartbeat: Duration,
+    /// User the workers run as [default: relay-worker, else uid 65534]
+    #[arg(long, value_name = "USER")]
+    worker_user: Option<String>,
+    /// Make a fall-back that was not asked for an error (exit code 4)
+    #[arg(long)]
+    strict: bool,
+}
+
+/// Checks the arguments and runs the supervisor until it is told to stop.
+pub(super) fn run(args: RunArgs, context: &Context) -> Outcome {
+    let options = options(args, context)?;
+    supervisor::run(options).map_err(|error| {
+        let (field, hint) = (error.field().to_string(), error.hint().to_string());
+        Failure::new(error.exit_code(), error.to_string()).field(field).hint(hint)
+    })?;
+    Ok(OK)
+}
+
+fn options(args: RunArgs, context: &Context) -> Result<Options, Failure> {
+    let cpus = args.cpus.map(|CpuList(cpus)| cpus);
+    check_cpus(cpus.as_deref().unwrap_or_default())?;
+    let rules = rules::given(&args.rules)?;
+    rules::check_together(args.config.as_deref(), &rules)?;
+    Ok(Options {
+        config: args.config,
+        rules,
+        backend: args.backend,
+        xdp_mode: args.xdp_mode,
+        zero_copy: args.zero_copy,
+        pipeline: args.pipeline,
+        workers: args.workers,
+        cpus,
+        partition: args.partition,
+        wait: args.wait,
+        linger: args.linger,
+        socket: context.global.socket.clone(),
+        metrics: args.metrics,
+        frames: args.frames,
+        heartbeat: args.heartbeat,
+        worker_user: args.worker_user,
+        strict: args.strict,
+    })
+}
+
+/// A worker could not be pinned to a CPU that this process may not use.
+fn check_cpus(asked: &[usize]) -> Result<(), Failure> {
+    if asked.is_empty() {
+        return Ok(());
+    }
+    let allowed = sched_getaffinity(Pid::from_raw(0)).map_err(|error| Failure::new(1, format!("sched_getaffinity: {error}")))?;
+    match asked.iter().find(|cpu| !allowed.is_set(**cpu).unwrap_or(false)) {
+        None => Ok(()),
+        Some(cpu) => Err(Failure::bad_input(format!("CPU {cpu} is not allowed here"))
+            .field("--cpus")
+            .hint(format!("allowed are {}", list_of(&allowed)))),
+    }
+}
+
+/// `0-3,8` of a set.
+fn list_of(set: &CpuSet) -> String {
+    let cpus: Vec<usize> = (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).collect();
+    let runs = cpus.chunk_by(|before, after| before + 1 == *after);
+    let words = runs.filter_map(|run| match (run.first()?, run.last()?) {
+        (first, last) if first == last => Some(first.to_string()),
+        (first, last) => Some(format!("{first}-{last}")),
+    });
+    words.collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_reads_as_the_list_that_makes_it() {
+        let mut set = CpuSet::new();
+        for cpu in [0, 1, 2, 5, 7, 8] {
+            set.set(cpu).expect("in range");
+        }
+        assert_eq!(list_of(&set), "0-2,5,7-8");
+        assert_eq!(values::cpu_list(&list_of(&set)).map(|list| list.0), Ok(vec![0, 1, 2, 5, 7, 8]));
+    }
+}

@@ -1,0 +1,549 @@
+//! The ingress turn: recycle → refill → receive → process → commit, for each port in turn.
+//!
+//! A batch moves from a port's receive ring to the egress rings under the journal (journal.rs): nothing another process
+//! can see changes before its ring's index is published, and the receive ring's index is stored last. No allocation, no
+//! system call but those of the port contract, no log, no lock. Every packet gets exactly one fate per output.
+//! The losing design: frames shared by several outputs with a count (DECISIONS §2) saves a memcpy of 1–4 % and costs a
+//! shared count that a kill can leave wrong.
+
+use super::tally::Tally;
+use crate::plan::counters::{Counter, MAX_PORTS, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx};
+use crate::plan::fate::{DropReason, OutputDropReason};
+use super::held::HeldMap;
+use super::journal::{Armed, EgressMark, Journal, MOVE_RECYCLE, MOVE_REFILL, Move, SAVED_LEN, SavedHeader};
+use super::rewrite::{Checked, inspect, rewrite};
+use super::table::{OutputPlan, RulePlan, Table};
+use crate::frame::{CONTINUES, FRAME_SIZE, Frame, HEADROOM, MAX_FRAGMENTS, Pool, RawDesc, Umem};
+use crate::nic::{BATCH_DESCS, BATCH_LEN, Batch, Fragment, Packet, Receive};
+use crate::ring::{Consumer, Producer};
+use crate::sys::SharedArray;
+use crate::wire::{Headers, parse};
+use arrayvec::ArrayVec;
+use std::sync::Arc;
+
+/// Frames moved at most by one refill or recycle.
+const MOVE_LEN: u32 = 256;
+/// A refill waits until this many frames are missing, so that its journal entry is paid once for many.
+const REFILL_FROM: u32 = 32;
+
+/// A receiving port of this worker.
+#[derive(Debug)]
+pub struct IngressPort<R> {
+    /// The port contract.
+    pub receive: R,
+    /// Number of the port in the manifest.
+    pub number: usize,
+    /// Its interface.
+    pub ifindex: u32,
+}
+
+/// Room and progress of the egress rings during one batch.
+#[derive(Debug)]
+struct Staging {
+    room: [u32; MAX_PORTS],
+    staged: [u32; MAX_PORTS],
+    published: u64,
+}
+
+impl Default for Staging {
+    fn default() -> Self {
+        Self { room: [0; MAX_PORTS], staged: [0; MAX_PORTS], published: 0 }
+    }
+}
+
+impl Staging {
+    fn room(&self, port: u32) -> u32 {
+        self.room.get(port as usize).copied().unwrap_or(0)
+    }
+
+    fn is_published(&self, port: u32) -> bool {
+        self.published & 1u64.checked_shl(port).unwrap_or(0) != 0
+    }
+}
+
+/// The ingress side of a worker.
+#[derive(Debug)]
+pub struct Ingress<R> {
+    pub(super) umem: Arc<Umem>,
+    pub(super) pool: Pool,
+    pub(super) journal: Journal,
+    pub(super) ports: Vec<IngressPort<R>>,
+    pub(super) egress: Vec<Option<Producer<RawDesc>>>,
+    pub(super) returns: Consumer<u64>,
+    pub(super) counters: SharedArray<Counter>,
+    pub(super) held: HeldMap,
+    pub(super) held_by_senders: HeldMap,
+    tally: Tally,
+    batch: Batch,
+    spare: ArrayVec<Frame, BATCH_DESCS>,
+    freed: ArrayVec<u32, BATCH_DESCS>,
+    inputs: ArrayVec<u32, BATCH_DESCS>,
+    staging: Staging,
+}
+
+/// The parts an [`Ingress`] is made of.
+#[derive(Debug)]
+pub struct IngressParts<R> {
+    /// Packet memory.
+    pub umem: Arc<Umem>,
+    /// Free frames.
+    pub pool: Pool,
+    /// Journal of this thread.
+    pub journal: Journal,
+    /// Receiving ports.
+    pub ports: Vec<IngressPort<R>>,
+    /// Egress rings by port number.
+    pub egress: Vec<Option<Producer<RawDesc>>>,
+    /// The return ring.
+    pub returns: Consumer<u64>,
+    /// The counters this thread writes.
+    pub counters: SharedArray<Counter>,
+    /// Which frames receiving packet ports hold.
+    pub held: HeldMap,
+    /// Which frames sending packet ports held when the worker started.
+    pub held_by_senders: HeldMap,
+}
+
+impl<R: Receive> Ingress<R> {
+    /// Puts the parts together; [`Ingress::recover`] comes next.
+    pub fn new(parts: IngressParts<R>) -> Self {
+        let IngressParts { umem, pool, journal, ports, egress, returns, counters, held, held_by_senders } = parts;
+        Self {
+            umem,
+            pool,
+            journal,
+            ports,
+            egress,
+            returns,
+            counters,
+            held,
+            held_by_senders,
+            tally: Tally::default(),
+            batch: Batch::new(),
+            spare: ArrayVec::new(),
+            freed: ArrayVec::new(),
+            inputs: ArrayVec::new(),
+            staging: Staging::default(),
+        }
+    }
+
+    /// The receiving ports.
+    pub fn ports(&self) -> &[IngressPort<R>] {
+        &self.ports
+    }
+
+    /// The receiving ports, for housekeeping.
+    pub fn ports_mut(&mut self) -> &mut [IngressPort<R>] {
+        &mut self.ports
+    }
+
+    /// Free frames.
+    pub const fn free_frames(&self) -> u32 {
+        self.pool.len()
+    }
+
+    /// One turn over all ports. Returns the packets taken. Without `receiving` it only recycles (draining).
+    pub fn turn(&mut self, table: &Table, receiving: bool) -> usize {
+        self.recycle();
+        let mut taken = 0;
+        for index in 0..self.ports.len() {
+            if receiving {
+                self.refill(index, REFILL_FROM);
+                taken += self.receive_batch(index, table);
+            }
+        }
+        taken
+    }
+
+    /// Fills the receive side of every port before the first packet.
+    pub fn prime(&mut self) {
+        for index in 0..self.ports.len() {
+            while self.refill(index, 1) > 0 {}
+        }
+    }
+
+    /// Return ring → pool.
+    pub(super) fn recycle(&mut self) {
+        let count = self.returns.available_for(1).min(MOVE_LEN);
+        if count == 0 {
+            return;
+        }
+        let (from, to) = (self.returns.position(), self.pool.len());
+        for offset in 0..count {
+            let frame = self.returns.read(offset) / u64::from(FRAME_SIZE);
+            if let Ok(frame) = self.umem.claim_index(frame as u32) {
+                self.pool.put(frame);
+            }
+        }
+        let to_count = self.pool.len() - to;
+        self.journal.begin_move(Move { kind: MOVE_RECYCLE, port: 0, from, from_count: count, to, to_count });
+        self.pool.publish();
+        self.returns.release(count);
+        self.journal.done();
+    }
+
+    /// Pool → a port's free frames, if at least `from` are missing. Returns how many.
+    fn refill(&mut self, index: usize, at_least: u32) -> u32 {
+        let Some(port) = self.ports.get_mut(index) else { return 0 };
+        if port.receive.depth().saturating_sub(port.receive.standing()) < at_least {
+            return 0;
+        }
+        let count = port.receive.stage_refill(&self.umem, &self.pool, MOVE_LEN);
+        if count == 0 {
+            return 0;
+        }
+        let (from, to) = (self.pool.len(), port.receive.refill_position());
+        self.journal.begin_move(Move { kind: MOVE_REFILL, port: port.number as u32, from, from_count: count, to, to_count: count });
+        port.receive.publish_refill(count);
+        self.pool.set_len(from - count);
+        self.pool.publish();
+        self.journal.done();
+        count
+    }
+
+    fn receive_batch(&mut self, index: usize, table: &Table) -> usize {
+        let Some(port) = self.ports.get_mut(index) else { return 0 };
+        port.receive.receive(&self.umem, BATCH_LEN, &mut self.batch, &mut self.spare);
+        if self.batch.is_empty() && self.spare.is_empty() {
+            return 0;
+        }
+        let count = self.batch.len();
+        let armed = Armed {
+            port: port.number as u32,
+            rx_position: port.receive.position(),
+            packet_count: count as u32,
+            pool_len: self.pool.len(),
+            epoch: table.epoch(),
+            ..Armed::default()
+        };
+        self.arm(armed);
+        self.process_batch(index, table, None);
+        self.commit(index, armed);
+        count
+    }
+
+    /// Saves headers and marks, then arms the journal.
+    fn arm(&mut self, armed: Armed) {
+        for (number, packet) in self.batch.iter().enumerate() {
+            self.journal.save(number, &header_of(&self.umem, packet));
+        }
+        self.staging.published = 0;
+        for (port, ring) in self.egress.iter_mut().enumerate() {
+            let Some(ring) = ring else { continue };
+            let mark = EgressMark { position: ring.position(), room: ring.free_for(BATCH_LEN as u32 * 4) };
+            self.journal.mark(port, mark);
+            set(&mut self.staging.room, port, mark.room);
+            set(&mut self.staging.staged, port, 0);
+        }
+        self.journal.arm(armed);
+    }
+
+    /// Rebuilds the room of a batch that a dead worker had armed. Rings whose index has moved are not written again.
+    pub(super) fn rearm(&mut self) {
+        self.staging = Staging::default();
+        for (port, ring) in self.egress.iter().enumerate() {
+            let Some(ring) = ring else { continue };
+            let mark = self.journal.marked(port);
+            set(&mut self.staging.room, port, mark.room);
+            if ring.position() != mark.position {
+                self.staging.published |= 1 << port;
+            }
+        }
+    }
+
+    /// Receives the batch that a dead worker had armed once more.
+    pub(super) fn receive_again(&mut self, index: usize, packet_count: usize) {
+        if let Some(port) = self.ports.get_mut(index) {
+            port.receive.receive(&self.umem, packet_count, &mut self.batch, &mut self.spare);
+        }
+    }
+
+    /// Gives every packet its fate. `poison`: bits of packets to drop unprocessed, on a replay only.
+    pub(super) fn process_batch(&mut self, index: usize, table: &Table, poison: Option<u64>) {
+        let Some(port) = self.ports.get(index) else { return };
+        let (number, ifindex, survives) = (port.number, port.ifindex, port.receive.survives());
+        self.tally.clear();
+        self.freed.clear();
+        self.inputs.clear();
+        for frame in self.spare.drain(..) {
+            if !survives {
+                self.inputs.push(frame.index());
+            }
+            self.freed.push(frame.into_index());
+        }
+        let Self { umem, pool, journal, egress, tally, batch, freed, inputs, staging, .. } = self;
+        for (at, packet) in batch.drain(..).enumerate() {
+            journal.at(at);
+            if !survives {
+                inputs.extend(packet.fragments.iter().map(|fragment| fragment.frame.index()));
+            }
+            let skip = poison.is_some_and(|bits| bits & 1u64.checked_shl(at as u32).unwrap_or(0) != 0);
+            let mut hand = Hand { umem, pool, egress, staging, tally };
+            let saved = journal.saved(at);
+            let left = hand.packet(table, (number, ifindex), packet, &saved, poison.is_some(), skip);
+            for fragment in left {
+                freed.push(fragment.frame.into_index());
+            }
+        }
+    }
+
+    /// Drops the tokens of a batch whose frames have found their places already.
+    pub(super) fn forget_batch(&mut self) {
+        for packet in self.batch.drain(..) {
+            for fragment in packet.fragments {
+                fragment.frame.into_index();
+            }
+        }
+        for frame in self.spare.drain(..) {
+            frame.into_index();
+        }
+    }
+
+    /// Publishes the egress rings, then everything else, the receive ring last.
+    pub(super) fn commit(&mut self, index: usize, armed: Armed) {
+        for (port, ring) in self.egress.iter_mut().enumerate() {
+            let staged = self.staging.staged.get(port).copied().unwrap_or(0);
+            if let Some(ring) = ring
+                && staged > 0
+                && !self.staging.is_published(port as u32)
+            {
+                ring.publish(staged);
+            }
+        }
+        let armed = Armed { pool_after: self.pool.len(), ..armed };
+        self.journal.begin_commit(armed, &self.freed, self.tally.entries());
+        for frame in &self.inputs {
+            self.held.clear(*frame);
+        }
+        self.finish(index);
+    }
+
+    /// COMMIT to its end.
+    pub(super) fn finish(&mut self, index: usize) {
+        let umem = &self.umem;
+        self.journal.commit(&mut self.pool, &self.counters, |pool, frame| {
+            if let Ok(frame) = umem.claim_index(frame) {
+                pool.put(frame);
+            }
+        });
+        if let Some(port) = self.ports.get_mut(index) {
+            port.receive.release();
+        }
+        self.journal.done();
+    }
+}
+
+fn set(array: &mut [u32; MAX_PORTS], at: usize, value: u32) {
+    if let Some(entry) = array.get_mut(at) {
+        *entry = value;
+    }
+}
+
+/// The first bytes of a packet, zero-padded.
+fn header_of(umem: &Umem, packet: &Packet) -> SavedHeader {
+    let mut saved = [0; SAVED_LEN];
+    if let Some(first) = packet.fragments.first() {
+        let bytes = umem.bytes(&first.frame, first.offset, first.len.min(SAVED_LEN as u32));
+        if let Some(to) = saved.get_mut(..bytes.len()) {
+            to.copy_from_slice(bytes);
+        }
+    }
+    saved
+}
+
+/// What one packet's processing may touch.
+struct Hand<'a> {
+    umem: &'a Umem,
+    pool: &'a mut Pool,
+    egress: &'a mut [Option<Producer<RawDesc>>],
+    staging: &'a mut Staging,
+    tally: &'a mut Tally,
+}
+
+type Fragments = ArrayVec<Fragment, MAX_FRAGMENTS>;
+
+/// A packet whose headers are known.
+struct Parsed<'a> {
+    headers: Headers,
+    checked: Checked,
+    /// The original header bytes, cut to the packet.
+    head: &'a [u8],
+    /// Bytes of the whole packet.
+    len: u64,
+}
+
+impl Hand<'_> {
+    /// Gives one packet its fate at every output; returns the fragments that no output took in place.
+    fn packet(&mut self, table: &Table, (port, ifindex): (usize, u32), packet: Packet, saved: &SavedHeader, replay: bool, skip: bool) -> Fragments {
+        let len: u64 = packet.fragments.iter().map(|fragment| u64::from(fragment.len)).sum();
+        self.tally.add(port_rx(port), len);
+        let first_len = packet.fragments.first().map_or(0, |first| first.len) as usize;
+        let head = saved.get(..first_len.min(SAVED_LEN)).unwrap_or_default();
+        let found = if skip { Err(DropReason::Poison) } else { find(table, ifindex, &packet, head, first_len, len) };
+        let (rule, headers) = match found {
+            Ok(found) => found,
+            Err(reason) => {
+                self.tally.add(port_drop(port, reason), len);
+                return packet.fragments;
+            }
+        };
+        self.tally.add(rule_rx(rule.slot as usize), len);
+        let checked = if table.is_own_source(ifindex, &headers.src) {
+            Err(DropReason::OwnSource)
+        } else {
+            self.inspect(&headers, head, &packet.fragments)
+        };
+        match checked {
+            Ok(checked) => self.fan_out(rule, &Parsed { headers, checked, head, len }, packet.fragments, replay),
+            Err(reason) => {
+                self.tally.add(rule_drop(rule.slot as usize, reason), len);
+                packet.fragments
+            }
+        }
+    }
+
+    fn inspect(&self, headers: &Headers, head: &[u8], fragments: &Fragments) -> Result<Checked, DropReason> {
+        let mut pieces: ArrayVec<&[u8], { MAX_FRAGMENTS + 1 }> = ArrayVec::new();
+        pieces.push(head);
+        for (index, fragment) in fragments.iter().enumerate() {
+            let skip = if index == 0 { head.len() as u32 } else { 0 };
+            pieces.push(self.umem.bytes(&fragment.frame, fragment.offset + skip, fragment.len - skip));
+        }
+        inspect(headers, &pieces)
+    }
+
+    /// Every output but the last gets a copy, the last the packet itself.
+    fn fan_out(&mut self, rule: &RulePlan, parsed: &Parsed<'_>, mut fragments: Fragments, replay: bool) -> Fragments {
+        let Some((last, others)) = rule.outputs.split_last() else { return fragments };
+        for output in others {
+            let sent = self.admit(output, fragments.len()).and_then(|()| self.copy_out(output, parsed, &fragments));
+            self.count(output, parsed.len, sent);
+        }
+        let published = self.staging.is_published(last.port);
+        if replay && !published {
+            restore(self.umem, &mut fragments, parsed.head);
+        }
+        let sent = self.admit(last, fragments.len()).and_then(|()| self.send_in_place(last, parsed, &mut fragments, published));
+        self.count(last, parsed.len, sent);
+        fragments
+    }
+
+    fn count(&mut self, output: &OutputPlan, len: u64, sent: Result<(), OutputDropReason>) {
+        let slot = output.slot as usize;
+        self.tally.add(sent.map_or_else(|reason| output_drop(slot, reason), |()| output_tx(slot)), len);
+    }
+
+    fn admit(&self, output: &OutputPlan, fragment_count: usize) -> Result<(), OutputDropReason> {
+        match output.blocked {
+            Some(reason) => Err(reason),
+            None if (self.staging.room(output.port) as usize) < fragment_count => Err(OutputDropReason::EgressFull),
+            None => Ok(()),
+        }
+    }
+
+    fn copy_out(&mut self, output: &OutputPlan, parsed: &Parsed<'_>, fragments: &Fragments) -> Result<(), OutputDropReason> {
+        if (self.pool.len() as usize) < fragments.len() {
+            return Err(OutputDropReason::NoFrame);
+        }
+        let mut copies = Fragments::new();
+        for (index, fragment) in fragments.iter().enumerate() {
+            let Some(mut frame) = self.pool.take(self.umem) else { break };
+            let head = if index == 0 { parsed.head } else { &[] };
+            copy(self.umem, fragment, head, &mut frame);
+            copies.push(Fragment { frame, offset: HEADROOM, len: fragment.len });
+        }
+        match self.edit(output, parsed, &mut copies) {
+            Ok(()) => {
+                self.stage(output, copies);
+                Ok(())
+            }
+            Err(reason) => {
+                // Back in reverse order: the pool's elements stay as they were, which a replay relies on.
+                for fragment in copies.into_iter().rev() {
+                    self.pool.put(fragment.frame);
+                }
+                Err(reason)
+            }
+        }
+    }
+
+    fn send_in_place(&mut self, output: &OutputPlan, parsed: &Parsed<'_>, fragments: &mut Fragments, published: bool) -> Result<(), OutputDropReason> {
+        if published {
+            // The dead worker has published this ring: where the packet got in, its frames are the ring's already.
+            let mut scratch = [0u8; SAVED_LEN + HEADROOM as usize];
+            let fits = rewrite_scratch(&mut scratch, output, parsed);
+            if fits.is_ok() {
+                self.stage(output, std::mem::take(fragments));
+            }
+            return fits;
+        }
+        self.edit(output, parsed, fragments)?;
+        self.stage(output, std::mem::take(fragments));
+        Ok(())
+    }
+
+    fn edit(&self, output: &OutputPlan, parsed: &Parsed<'_>, fragments: &mut Fragments) -> Result<(), OutputDropReason> {
+        let Some(Fragment { frame, offset, len }) = fragments.first_mut() else { return Ok(()) };
+        let bytes = self.umem.bytes_mut(frame, 0, FRAME_SIZE);
+        rewrite(bytes, offset, len, &parsed.headers, &parsed.checked, &output.edit)
+    }
+
+    /// Writes the descriptors; the tokens end here, the frames are the egress ring's.
+    fn stage(&mut self, output: &OutputPlan, fragments: Fragments) {
+        let port = output.port as usize;
+        let skip = self.staging.is_published(output.port);
+        let (Some(staged), Some(room)) = (self.staging.staged.get_mut(port), self.staging.room.get_mut(port)) else { return };
+        let last = fragments.len().saturating_sub(1);
+        for (index, Fragment { frame, offset, len }) in fragments.into_iter().enumerate() {
+            let options = output.slot << 1 | if index < last { CONTINUES } else { 0 };
+            let desc = RawDesc { addr: frame.base() + u64::from(offset), len, options };
+            if let (Some(Some(ring)), false) = (self.egress.get_mut(port), skip) {
+                ring.write(*staged, desc);
+            }
+            *staged += 1;
+            *room -= 1;
+            frame.into_index();
+        }
+    }
+}
+
+/// The verdict of a rewrite without touching the packet (its frame may be the kernel's by now).
+fn rewrite_scratch(scratch: &mut [u8; SAVED_LEN + HEADROOM as usize], output: &OutputPlan, parsed: &Parsed<'_>) -> Result<(), OutputDropReason> {
+    let start = HEADROOM as usize;
+    if let Some(to) = scratch.get_mut(start..start + parsed.head.len()) {
+        to.copy_from_slice(parsed.head);
+    }
+    let (mut offset, mut len) = (HEADROOM, parsed.head.len() as u32);
+    rewrite(scratch, &mut offset, &mut len, &parsed.headers, &parsed.checked, &output.edit)
+}
+
+/// Writes the original header back (replay of a packet that no ring has got).
+fn restore(umem: &Umem, fragments: &mut Fragments, head: &[u8]) {
+    if let Some(first) = fragments.first_mut() {
+        umem.bytes_mut(&mut first.frame, first.offset, head.len() as u32).copy_from_slice(head);
+    }
+}
+
+/// Copies a fragment, its first bytes from `head`.
+fn copy(umem: &Umem, from: &Fragment, head: &[u8], to: &mut Frame) {
+    let target = umem.bytes_mut(to, HEADROOM, from.len);
+    let source = umem.bytes(&from.frame, from.offset, from.len);
+    let len = target.len().min(source.len());
+    if let (Some(target), Some(source)) = (target.get_mut(head.len()..len), source.get(head.len()..len)) {
+        target.copy_from_slice(source);
+    }
+    if let Some(target) = target.get_mut(..head.len()) {
+        target.copy_from_slice(head);
+    }
+}
+
+fn find<'t>(table: &'t Table, ifindex: u32, packet: &Packet, head: &[u8], first_len: usize, len: u64) -> Result<(&'t RulePlan, Headers), DropReason> {
+    // Headers must lie in the saved bytes; what is said about the rest follows from the lengths.
+    let headers = parse(head, len as usize).map_err(|_| DropReason::Malformed)?;
+    debug_assert!(first_len >= head.len());
+    let rule = match packet.hint.rule {
+        Some(hint) => table.hinted(hint, ifindex, &headers).ok_or(DropReason::RuleGone),
+        None => table.find(ifindex, &headers).ok_or(DropReason::NoRule),
+    }?;
+    Ok((rule, headers))
+}

@@ -1,0 +1,277 @@
+//! The work segment of a worker: everything it would take into the grave, in shared memory.
+//!
+//! ```text
+//! IDLE ─ arm: positions of all rings, pool length, epoch, original headers ─▶ ARMED
+//! ARMED ─ copies, rewrites, egress ring entries; publish each egress ring ─ freed frames, tally ─▶ COMMIT
+//! COMMIT ─ freed frames to the pool, pool length, counters, RX consumer index LAST ─▶ IDLE
+//! MOVE: n elements from one place to another: write them, record, publish `to`, publish `from`, IDLE
+//! ```
+//! A successor (after pidfd: it sees every store of the dead worker, so compiler order suffices) finishes what it finds:
+//! ARMED: the same packets again from the saved headers, with the recorded room and pool, skipping egress rings whose
+//! index moved; COMMIT: again, every step of it is idempotent; MOVE: if `to` moved, publish `from`. One journal for each
+//! thread: ingress and egress. Must never be written by anybody but that thread.
+
+use super::tally::{Increment, MAX_INCREMENTS};
+use crate::plan::counters::{Counter, MAX_PORTS};
+use crate::plan::work::JOURNAL_LEN;
+use crate::frame::Pool;
+use crate::nic::{BATCH_DESCS, BATCH_LEN};
+use crate::sys::shared::OutOfMapping;
+use crate::sys::{Mapping, SharedArray, SharedWord, SharedWord64};
+use bytemuck::{Pod, Zeroable};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Release};
+
+/// Nothing in hand.
+pub const IDLE: u32 = 0;
+/// A batch is being processed.
+pub const ARMED: u32 = 1;
+/// A batch is being committed.
+pub const COMMIT: u32 = 2;
+/// Elements are being moved between two places.
+pub const MOVE: u32 = 3;
+
+/// Header bytes saved of each packet: Ethernet 14 + two tags 8 + IPv4 with options 60 + UDP 8 is 90.
+pub const SAVED_LEN: usize = 96;
+
+/// A packet's original header. 96 bytes.
+pub type SavedHeader = [u8; SAVED_LEN];
+
+/// What is fixed for the batch in hand. 32 bytes, then the arrays.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Armed {
+    /// Port the batch came in by.
+    pub port: u32,
+    /// Its RX consumer index.
+    pub rx_position: u32,
+    /// Packets.
+    pub packet_count: u32,
+    /// Length of the pool.
+    pub pool_len: u32,
+    /// Epoch of the rules it is processed by.
+    pub epoch: u32,
+    /// Frames freed (COMMIT).
+    pub freed_count: u32,
+    /// Length of the pool without the frames taken, before the freed ones go in (COMMIT).
+    pub pool_after: u32,
+    /// Entries of the tally (COMMIT).
+    pub increment_count: u32,
+}
+
+/// One egress ring at the moment of arming. 8 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct EgressMark {
+    /// Published producer index.
+    pub position: u32,
+    /// Free slots counted on.
+    pub room: u32,
+}
+
+/// A move between two places. 24 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Move {
+    /// What is moved: one of the `MOVE_*` kinds.
+    pub kind: u32,
+    /// Port concerned.
+    pub port: u32,
+    /// Cursor of the place elements leave.
+    pub from: u32,
+    /// Elements that leave.
+    pub from_count: u32,
+    /// Cursor of the place they go to.
+    pub to: u32,
+    /// Elements that arrive (fewer where some were invalid).
+    pub to_count: u32,
+}
+
+/// Pool to a port's fill ring.
+pub const MOVE_REFILL: u32 = 1;
+/// Return ring to pool.
+pub const MOVE_RECYCLE: u32 = 2;
+/// Egress ring to a port's TX ring.
+pub const MOVE_SEND: u32 = 3;
+/// A port's completion ring to the return ring.
+pub const MOVE_REAP: u32 = 4;
+
+const STATE: usize = 0;
+const ATTEMPTS: usize = 4;
+const CURSOR: usize = 8;
+const APPLIED: usize = 12;
+const POISON: usize = 16;
+const TARGET: usize = 32;
+const ARMED_AT: usize = 64;
+const MOVE_AT: usize = 128;
+const MARKS_AT: usize = 256;
+const FREED_AT: usize = MARKS_AT + MAX_PORTS * 8;
+const SAVED_AT: usize = FREED_AT + 1024;
+const INCREMENTS_AT: usize = SAVED_AT + BATCH_LEN * SAVED_LEN;
+const _: () = assert!(BATCH_DESCS * 4 <= 1024);
+const _: () = assert!(INCREMENTS_AT + MAX_INCREMENTS * size_of::<Increment>() <= JOURNAL_LEN);
+
+/// The journal of one thread of a worker.
+#[derive(Debug)]
+pub struct Journal {
+    state: SharedWord,
+    attempts: SharedWord,
+    cursor: SharedWord,
+    applied: SharedWord,
+    poison: SharedWord64,
+    target: SharedArray<Counter>,
+    armed: SharedArray<Armed>,
+    moving: SharedArray<Move>,
+    marks: SharedArray<EgressMark>,
+    freed: SharedArray<u32>,
+    saved: SharedArray<SavedHeader>,
+    increments: SharedArray<Increment>,
+}
+
+impl Journal {
+    /// The journal at `offset` of a work segment.
+    pub fn attach(m: &Arc<Mapping>, offset: usize) -> Result<Self, OutOfMapping> {
+        Ok(Self {
+            state: SharedWord::new(m, offset + STATE)?,
+            attempts: SharedWord::new(m, offset + ATTEMPTS)?,
+            cursor: SharedWord::new(m, offset + CURSOR)?,
+            applied: SharedWord::new(m, offset + APPLIED)?,
+            poison: SharedWord64::new(m, offset + POISON)?,
+            target: SharedArray::new(m, offset + TARGET, 2)?,
+            armed: SharedArray::new(m, offset + ARMED_AT, 1)?,
+            moving: SharedArray::new(m, offset + MOVE_AT, 1)?,
+            marks: SharedArray::new(m, offset + MARKS_AT, MAX_PORTS)?,
+            freed: SharedArray::new(m, offset + FREED_AT, BATCH_DESCS)?,
+            saved: SharedArray::new(m, offset + SAVED_AT, BATCH_LEN)?,
+            increments: SharedArray::new(m, offset + INCREMENTS_AT, MAX_INCREMENTS)?,
+        })
+    }
+
+    /// What was going on.
+    pub fn state(&self) -> u32 {
+        self.state.load(Acquire)
+    }
+
+    /// Notes one more attempt at the batch that is armed; returns how many there have been.
+    pub fn attempt(&self) -> u32 {
+        let attempts = self.attempts.load(Acquire).saturating_add(1);
+        self.attempts.store(attempts, Release);
+        attempts
+    }
+
+    /// Packets (bits) of the armed batch that are to be dropped as poison.
+    pub fn poison(&self) -> u64 {
+        self.poison.load(Acquire)
+    }
+
+    /// Marks the packet at the cursor as poison.
+    pub fn poison_at_cursor(&self) {
+        let bit = 1u64.checked_shl(self.cursor.load(Acquire)).unwrap_or(0);
+        self.poison.store(self.poison() | bit, Release);
+    }
+
+    /// Says which packet of the batch is being processed.
+    #[inline]
+    pub fn at(&self, packet: usize) {
+        self.cursor.store(packet as u32, Release);
+    }
+
+    /// Saves a packet's header bytes (at most [`SAVED_LEN`]).
+    #[inline]
+    pub fn save(&self, packet: usize, header: &SavedHeader) {
+        self.saved.set(packet, *header);
+    }
+
+    /// The saved header of a packet.
+    #[inline]
+    pub fn saved(&self, packet: usize) -> SavedHeader {
+        self.saved.get(packet)
+    }
+
+    /// Records an egress ring before the batch.
+    #[inline]
+    pub fn mark(&self, port: usize, mark: EgressMark) {
+        self.marks.set(port, mark);
+    }
+
+    /// The egress ring as it was recorded.
+    #[inline]
+    pub fn marked(&self, port: usize) -> EgressMark {
+        self.marks.get(port)
+    }
+
+    /// IDLE → ARMED. Headers and marks have been written.
+    #[inline]
+    pub fn arm(&self, armed: Armed) {
+        self.poison.store(0, Release);
+        self.attempts.store(0, Release);
+        self.armed.set(0, armed);
+        self.state.store(ARMED, Release);
+    }
+
+    /// The batch in hand.
+    pub fn armed(&self) -> Armed {
+        self.armed.get(0)
+    }
+
+    /// ARMED → COMMIT. All egress rings have been published.
+    #[inline]
+    pub fn begin_commit(&self, armed: Armed, freed: &[u32], tally: &[Increment]) {
+        self.freed.set_all(0, freed);
+        self.increments.set_all(0, tally);
+        self.applied.store(0, Release);
+        self.armed.set(0, Armed { freed_count: freed.len() as u32, increment_count: tally.len() as u32, ..armed });
+        self.state.store(COMMIT, Release);
+    }
+
+    /// COMMIT, all but the RX index: freed frames into the pool, its length, the counters. Idempotent.
+    #[inline]
+    pub fn commit(&self, pool: &mut Pool, counters: &SharedArray<Counter>, put: impl Fn(&mut Pool, u32)) {
+        let armed = self.armed();
+        pool.set_len(armed.pool_after);
+        for index in 0..armed.freed_count {
+            put(pool, self.freed.get(index as usize));
+        }
+        pool.publish();
+        self.apply(armed.increment_count, counters);
+    }
+
+    /// Adds each entry of the tally exactly once: the new value is stored before the counter, so that a kill between the
+    /// two is repaired by storing it again. Two target places in turn: the next target must not overwrite the one that a
+    /// successor would store.
+    fn apply(&self, count: u32, counters: &SharedArray<Counter>) {
+        let mut done = self.applied.load(Acquire);
+        if done > 0 && done <= count {
+            let last = self.increments.get(done as usize - 1);
+            counters.set(last.counter as usize, self.target.get((done as usize - 1) % 2));
+        }
+        while done < count {
+            let entry = self.increments.get(done as usize);
+            let now = counters.get(entry.counter as usize);
+            let packets = now.packets.wrapping_add(u64::from(entry.packets));
+            let target = Counter { packets, bytes: now.bytes.wrapping_add(entry.bytes) };
+            self.target.set(done as usize % 2, target);
+            done += 1;
+            self.applied.store(done, Release);
+            counters.set(entry.counter as usize, target);
+        }
+    }
+
+    /// IDLE → MOVE. The elements have been written to where they go, but not published.
+    #[inline]
+    pub fn begin_move(&self, moving: Move) {
+        self.moving.set(0, moving);
+        self.state.store(MOVE, Release);
+    }
+
+    /// The move in progress.
+    pub fn moving(&self) -> Move {
+        self.moving.get(0)
+    }
+
+    /// Any state → IDLE.
+    #[inline]
+    pub fn done(&self) {
+        self.state.store(IDLE, Release);
+    }
+}

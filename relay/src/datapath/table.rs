@@ -1,0 +1,124 @@
+//! The rule snapshot as the data path reads it: by slot for packets XDP has matched, by lookup for the others.
+//!
+//! Immutable once made; the worker swaps it between two batches (invariant 6). Must never be built on the packet's way.
+
+use crate::plan::edit::Edit;
+use crate::plan::fate::OutputDropReason;
+use crate::rule::compile::Compiled;
+use crate::rule::lookup::Verdict;
+use crate::wire::Headers;
+
+/// Where one output goes and what it changes.
+#[derive(Clone, Copy, Debug)]
+pub struct OutputPlan {
+    /// Slot of its counters.
+    pub slot: u32,
+    /// Port it sends by.
+    pub port: u32,
+    /// Why it can't send now, if it can't.
+    pub blocked: Option<OutputDropReason>,
+    /// The header edits.
+    pub edit: Edit,
+}
+
+/// A rule as the data path needs it.
+#[derive(Clone, Debug)]
+pub struct RulePlan {
+    /// Slot of its counters; what XDP names.
+    pub slot: u32,
+    /// Epoch at which it was installed.
+    pub serial: u32,
+    /// Ingress interface.
+    pub ifindex: u32,
+    /// 4 or 6.
+    pub family: u8,
+    /// Prefix length of the group.
+    pub group_len: u8,
+    /// Group, network order.
+    pub group: [u8; 16],
+    /// Destination port, if one is named.
+    pub port: Option<u16>,
+    /// VLAN ids as in `MatchKey::tag`, if the rule names them.
+    pub tag: Option<u32>,
+    /// Its outputs, in order.
+    pub outputs: Vec<OutputPlan>,
+}
+
+impl RulePlan {
+    /// Whether the packet is one the rule can have been chosen for (a stale hint must never send a packet the wrong way).
+    #[inline]
+    pub fn fits(&self, ifindex: u32, headers: &Headers) -> bool {
+        self.ifindex == ifindex
+            && self.family == headers.family
+            && self.port.is_none_or(|port| port == headers.dport)
+            && self.tag.is_none_or(|tag| tag == headers.tag)
+            && prefix_equal(&self.group, &headers.dst, self.group_len)
+    }
+}
+
+/// Whether two addresses agree in their first `len` bits.
+#[inline]
+fn prefix_equal(a: &[u8; 16], b: &[u8; 16], len: u8) -> bool {
+    let difference = u128::from_be_bytes(*a) ^ u128::from_be_bytes(*b);
+    u32::from(len) <= difference.leading_zeros()
+}
+
+/// A snapshot of the rules.
+#[derive(Debug, Default)]
+pub struct Table {
+    epoch: u32,
+    by_slot: Vec<u32>,
+    rules: Vec<RulePlan>,
+    compiled: Compiled,
+    own_sources: Vec<(u32, [u8; 16])>,
+}
+
+impl Table {
+    /// A snapshot. `own_sources`: the relay's own addresses by interface (a packet from one of them has looped).
+    pub fn new(epoch: u32, rules: Vec<RulePlan>, compiled: Compiled, own_sources: Vec<(u32, [u8; 16])>) -> Self {
+        let slots = rules.iter().map(|rule| rule.slot as usize + 1).max().unwrap_or(0);
+        let mut by_slot = vec![u32::MAX; slots];
+        for (position, rule) in rules.iter().enumerate() {
+            if let Some(entry) = by_slot.get_mut(rule.slot as usize) {
+                *entry = position as u32;
+            }
+        }
+        Self { epoch, by_slot, rules, compiled, own_sources }
+    }
+
+    /// Epoch of the snapshot.
+    pub const fn epoch(&self) -> u32 {
+        self.epoch
+    }
+
+    /// The rules.
+    pub fn rules(&self) -> &[RulePlan] {
+        &self.rules
+    }
+
+    fn slot(&self, slot: u32, serial: u32) -> Option<&RulePlan> {
+        let position = *self.by_slot.get(slot as usize)?;
+        self.rules.get(position as usize).filter(|rule| rule.serial == serial)
+    }
+
+    /// The rule XDP chose, if it still stands and fits the packet.
+    #[inline]
+    pub fn hinted(&self, (slot, serial): (u32, u32), ifindex: u32, headers: &Headers) -> Option<&RulePlan> {
+        self.slot(slot, serial).filter(|rule| rule.fits(ifindex, headers))
+    }
+
+    /// The rule for a packet that nobody has matched yet.
+    #[inline]
+    pub fn find(&self, ifindex: u32, headers: &Headers) -> Option<&RulePlan> {
+        match self.compiled.lookup(ifindex, headers) {
+            Verdict::Rule { slot, serial } => self.slot(slot, serial),
+            Verdict::Except | Verdict::Miss => None,
+        }
+    }
+
+    /// Whether the source is one of the relay's own addresses on that interface.
+    #[inline]
+    pub fn is_own_source(&self, ifindex: u32, source: &[u8; 16]) -> bool {
+        self.own_sources.iter().any(|(own, address)| *own == ifindex && address == source)
+    }
+}

@@ -1,0 +1,246 @@
+//! `relay demo`: namespaces, a relay, real traffic, a table and PASS or FAIL, in less than a minute.
+//!
+//! Sender and receiver of the correctness rows are ordinary UDP sockets; every datagram is verified. The flat-out figures at the
+//! end are for the eye, one short burst each: `relay bench path` measures.
+
+use super::arms::{Arm, GROUP, REWRITTEN, Running, TTL};
+use super::bench::program;
+use super::error::Result;
+use super::generator::{Generator, Sink};
+use super::recv::{self, Receiver, Verdict};
+use super::topology::Lab;
+use super::{clock, send};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// A rate that all rows carry.
+const RATE: u64 = 50_000;
+/// Datagrams of a row: two seconds.
+const COUNT: u64 = 2 * RATE;
+/// A void row (the receiver itself dropped) is tried so often.
+const ATTEMPTS: u32 = 3;
+/// Length of a flat-out burst.
+const BURST: Duration = Duration::from_millis(1_000);
+/// Rows, in order.
+const ARMS: [Arm; 3] = [Arm::Xsk, Arm::Packet, Arm::Sockets];
+
+/// Arguments of `relay demo`.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct Args {
+    /// The relay to show [default: this program]
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub program: Option<PathBuf>,
+    /// Leave out the flat-out figures
+    #[arg(long)]
+    pub no_flat_out: bool,
+}
+
+/// `relay demo --json`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// One a backend.
+    pub rows: Vec<Row>,
+    /// `PASS` or `FAIL`.
+    pub verdict: String,
+    /// Packets a second of the generator alone.
+    pub generator_ceiling_pps: Option<f64>,
+}
+
+/// One backend's figures.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// `xsk`, `packet` or `sockets`.
+    pub backend: String,
+    /// Datagrams sent.
+    pub sent: u64,
+    /// Different datagrams that reached the receiver.
+    pub relayed: u64,
+    /// Those that did not.
+    pub lost: u64,
+    /// Came more than once.
+    pub duplicated: u64,
+    /// Came late.
+    pub reordered: u64,
+    /// Came damaged.
+    pub corrupted: u64,
+    /// Rate at the receiver.
+    pub pps: f64,
+    /// Latency from the sender to the receiver's kernel.
+    pub p50_us: Option<f64>,
+    /// The same.
+    pub p99_us: Option<f64>,
+    /// Flat out, a short burst.
+    pub flat_out_pps: Option<f64>,
+    /// Why there is no result; empty otherwise.
+    pub error: String,
+}
+
+impl Row {
+    fn passes(&self) -> bool {
+        let spotless = self.lost + self.duplicated + self.reordered + self.corrupted == 0;
+        self.error.is_empty() && self.sent > 0 && self.relayed == self.sent && spotless
+    }
+}
+
+/// Builds the laboratory and runs every row.
+pub fn demonstrate(args: &Args) -> Result<Report> {
+    let program = program(args.program.as_ref())?;
+    let lab = Lab::simple()?;
+    let progress = progress(ARMS.len() * 2 + 2);
+    step(&progress, "three namespaces");
+    let mut report = Report::default();
+    for arm in ARMS {
+        step(&progress, &format!("{}: {COUNT} datagrams at {RATE} a second", arm.name()));
+        report.rows.push(correctness(&lab, arm, &program));
+    }
+    if !args.no_flat_out {
+        flat_out(&lab, &program, &mut report, &progress)?;
+    }
+    progress.finish_and_clear();
+    let pass = report.rows.iter().all(Row::passes);
+    report.verdict = if pass { "PASS" } else { "FAIL" }.into();
+    Ok(report)
+}
+
+/// One row with verified traffic; an error becomes the row.
+fn correctness(lab: &Lab, arm: Arm, program: &Path) -> Row {
+    let mut last = Row::default();
+    for _ in 0..ATTEMPTS {
+        match verified(lab, arm, program) {
+            Ok((row, Verdict::Void)) => last = Row { error: "void: the receiver's own socket dropped".into(), ..row },
+            Ok((row, _)) => return row,
+            Err(error) => return Row { backend: arm.name().into(), error: error.to_string(), ..Row::default() },
+        }
+    }
+    last
+}
+
+fn verified(lab: &Lab, arm: Arm, program: &Path) -> Result<(Row, Verdict)> {
+    let _running = Running::start(lab, arm, program, relay_cpu(), &[])?;
+    let receiver = lab.sink(1).run(|| Receiver::open(&expectation()))??;
+    let stop = AtomicBool::new(false);
+    let (sent, received) = std::thread::scope(|scope| {
+        let receiving = scope.spawn(|| receiver.run(&stop));
+        let sent = lab.src.run(|| send::send(&load()));
+        stop.store(!matches!(sent, Ok(Ok(_))), Ordering::Relaxed);
+        (sent, receiving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    });
+    let (sent, received) = (sent??, received?);
+    let row = Row {
+        backend: arm.name().into(),
+        sent: sent.sent,
+        relayed: received.distinct,
+        lost: received.lost,
+        duplicated: received.duplicated,
+        reordered: received.reordered,
+        corrupted: received.corrupted + received.foreign,
+        pps: received.pps,
+        p50_us: received.p50_us,
+        p99_us: received.p99_us,
+        ..Row::default()
+    };
+    Ok((row, received.verdict))
+}
+
+/// The relay's CPU: the second one where there is one, so that the sender does not share it.
+fn relay_cpu() -> Option<usize> {
+    clock::allowed_cpus().get(1).copied()
+}
+
+fn load() -> send::Args {
+    send::Args {
+        iface: "s0".into(),
+        to: GROUP,
+        rate: RATE,
+        count: Some(COUNT),
+        size: 64,
+        ttl: TTL,
+        dscp: 0,
+        source: None,
+        duration: Some(Duration::from_secs(8)),
+        first: 0,
+        backend: send::Backend::Sockets,
+        cpu: clock::allowed_cpus().first().copied(),
+    }
+}
+
+fn expectation() -> recv::Args {
+    recv::Args {
+        iface: "k1".into(),
+        group: recv::Subscription { source: None, group: REWRITTEN },
+        count: Some(COUNT),
+        timeout: Duration::from_secs(1),
+        duration: Some(Duration::from_secs(10)),
+        linger: Duration::from_millis(100),
+        backend: send::Backend::Sockets,
+        cpu: None,
+    }
+}
+
+/// A burst a row; a row that failed is not asked again.
+fn flat_out(lab: &Lab, program: &Path, report: &mut Report, progress: &ProgressBar) -> Result<()> {
+    let cpus = clock::allowed_cpus();
+    let cpu = cpus.first().copied().unwrap_or(0);
+    let mut generator = Generator::new(lab, GROUP, 64)?;
+    step(progress, "the generator alone");
+    report.generator_ceiling_pps = Some(generator.window(lab, cpu, &Sink::at_relay(lab)?, BURST)?.delivered_pps());
+    for (arm, row) in ARMS.into_iter().zip(&mut report.rows) {
+        step(progress, &format!("{}: flat out", arm.name()));
+        if row.error.is_empty() {
+            let sink = Sink::at_link(lab, 1)?;
+            let _running = Running::start(lab, arm, program, relay_cpu(), &[])?;
+            row.flat_out_pps = Some(generator.window(lab, cpu, &sink, BURST)?.delivered_pps());
+        }
+    }
+    Ok(())
+}
+
+/// A bar on a terminal; lines on stderr otherwise.
+fn progress(steps: usize) -> ProgressBar {
+    let bar = ProgressBar::new(steps as u64);
+    if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} {msg} ({elapsed})") {
+        bar.set_style(style);
+    }
+    bar
+}
+
+fn step(bar: &ProgressBar, what: &str) {
+    bar.inc(1);
+    bar.set_message(what.to_owned());
+    if bar.is_hidden() {
+        eprintln!("demo: {what}");
+    }
+}
+
+/// The report as a table.
+pub fn table(report: &Report) -> String {
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header(["backend", "sent", "relayed", "lost", "dup", "reord", "pps", "p50 µs", "p99 µs", "flat out pps"]);
+    for row in &report.rows {
+        table.add_row(cells(row));
+    }
+    let ceiling = report.generator_ceiling_pps.map(|pps| format!("generator alone: {pps:.0} pps\n")).unwrap_or_default();
+    let errors: String =
+        report.rows.iter().filter(|row| !row.error.is_empty()).map(|row| format!("{}: {}\n", row.backend, row.error)).collect();
+    format!("{GROUP} on r0 → {REWRITTEN} on r1, {RATE} datagrams a second, each verified\n{table}\n{ceiling}{errors}{}", report.verdict)
+}
+
+fn cells(row: &Row) -> Vec<String> {
+    let one = |value: Option<f64>, digits: usize| value.map_or("-".into(), |v| format!("{v:.digits$}"));
+    vec![
+        row.backend.clone(),
+        row.sent.to_string(),
+        row.relayed.to_string(),
+        row.lost.to_string(),
+        row.duplicated.to_string(),
+        row.reordered.to_string(),
+        format!("{:.0}", row.pps),
+        one(row.p50_us, 1),
+        one(row.p99_us, 1),
+        one(row.flat_out_pps, 0),
+    ]
+}

@@ -1,0 +1,164 @@
+//! The flat-out generator and the counting sink: faster than any relay here, one instance each per laboratory.
+//!
+//! Every call is bounded in packets. Must never be used for a paced load (each call stalls for 20 ms): that is `relay send`.
+
+use super::error::{LabError, Result};
+use super::packet::{Flow, group_mac};
+use super::topology::Lab;
+use super::xdp::LabProgram;
+use super::{clock, payload, socket};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+/// Packets of the call that finds out how fast the path takes them.
+const PROBE: u32 = 300_000;
+/// Tries at a window that the generator covers.
+const ATTEMPTS: u32 = 3;
+/// Before the window: rings fill, clocks rise.
+const WARM_UP: Duration = Duration::from_millis(200);
+/// What a call costs beside its packets (LIMITS).
+const STALL: Duration = Duration::from_millis(20);
+/// Packets of one call at most, whatever was asked for: 40 s at 5 Mpps.
+const MAX_REPEAT: f64 = 200e6;
+/// Source of generated packets, `s0`.
+const SOURCE: &str = "10.0.0.1:40000";
+
+/// Packets from `s0` to one group, as fast as one core can.
+#[derive(Debug)]
+pub struct Generator {
+    program: LabProgram,
+    frame: Vec<u8>,
+    ifindex: u32,
+}
+
+/// What passed in a window.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Window {
+    /// Packets the generator sent.
+    pub offered: u64,
+    /// Packets the sink counted.
+    pub delivered: u64,
+    /// Length, s.
+    pub seconds: f64,
+    /// Packets that did not fit the queue between `r1` and the sink.
+    pub sink_drops: u64,
+    /// The generator was still sending when the window closed; if not, the figures are too low.
+    pub covered: bool,
+}
+
+impl Window {
+    /// Offered rate.
+    pub fn offered_pps(&self) -> f64 {
+        self.offered as f64 / self.seconds.max(1e-9)
+    }
+
+    /// Delivered rate.
+    pub fn delivered_pps(&self) -> f64 {
+        self.delivered as f64 / self.seconds.max(1e-9)
+    }
+}
+
+impl Generator {
+    /// Datagrams of `size` bytes to `to`, TTL 16.
+    pub fn new(lab: &Lab, to: SocketAddr, size: usize) -> Result<Self> {
+        let destination_mac = group_mac(to.ip()).ok_or_else(|| LabError::Invalid(format!("{to} is no group")))?;
+        let source = SOURCE.parse().map_err(|_| LabError::Invalid(SOURCE.into()))?;
+        let flow = Flow { source_mac: [2, 0, 0, 0, 0, 1], destination_mac, source, destination: to, ttl: 16, dscp: 0 };
+        let mut bytes = vec![0; size];
+        payload::write(&mut bytes, 0, 0);
+        let frame = flow.frame(&bytes);
+        let ifindex = lab.src.run(|| socket::ifindex("s0"))??;
+        let mut program = LabProgram::load()?;
+        program.set_template(&frame)?;
+        Ok(Self { program, frame, ifindex })
+    }
+
+    /// Sends `count` packets from `cpu`; how long it took.
+    pub fn send(&mut self, lab: &Lab, cpu: usize, count: u32) -> Result<Duration> {
+        let Self { program, frame, ifindex } = self;
+        lab.src.run(|| {
+            clock::pin_thread(cpu)?;
+            let begin = Instant::now();
+            program.generate(frame, *ifindex, count)?;
+            Ok(begin.elapsed())
+        })?
+    }
+
+    /// Sends flat out for a little longer than `length` and looks at `sink` from outside. One call covers the window, so that
+    /// no stall falls into it; where the path turned out faster than the probe said, it is done again with more packets.
+    pub fn window(&mut self, lab: &Lab, cpu: usize, sink: &Sink, length: Duration) -> Result<Window> {
+        let probe = self.send(lab, cpu, PROBE)?.saturating_sub(STALL);
+        let mut rate = f64::from(PROBE) / probe.as_secs_f64().max(1e-3);
+        let mut window = Window::default();
+        for _ in 0..ATTEMPTS {
+            window = self.window_once(lab, cpu, sink, length, rate)?;
+            if window.covered {
+                break;
+            }
+            rate = rate.max(window.offered_pps()) * 1.5;
+        }
+        Ok(window)
+    }
+
+    fn window_once(&mut self, lab: &Lab, cpu: usize, sink: &Sink, length: Duration, rate: f64) -> Result<Window> {
+        let repeat = (rate * (length + WARM_UP * 2).as_secs_f64()).min(MAX_REPEAT) as u32;
+        let (before, drops) = (self.program.count()?, sink_drops(lab)?);
+        let (seconds, delivered, duration) = std::thread::scope(|scope| {
+            let sending = scope.spawn(|| self.send(lab, cpu, repeat));
+            let seen = observe(sink, length);
+            let duration = sending.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            seen.and_then(|(seconds, delivered)| Ok((seconds, delivered, duration?)))
+        })?;
+        // The generator's own pace is even over the call, its stall set apart.
+        let sent = self.program.count()? - before;
+        let pace = sent as f64 / duration.saturating_sub(STALL).as_secs_f64().max(1e-9);
+        let covered = duration.as_secs_f64() >= WARM_UP.as_secs_f64() + seconds;
+        let sink_drops = sink_drops(lab)? - drops;
+        Ok(Window { offered: (pace * seconds) as u64, delivered, seconds, sink_drops, covered })
+    }
+}
+
+/// Packets dropped between `r1` and its peer so far (transmit drops of `r1`, eleventh column of /proc/net/dev).
+pub fn sink_drops(lab: &Lab) -> Result<u64> {
+    let text = lab.relay.run(|| std::fs::read_to_string("/proc/thread-self/net/dev"))?.map_err(LabError::io("/proc/net/dev"))?;
+    let line = text.lines().find_map(|line| line.trim().strip_prefix("r1:")).unwrap_or_default();
+    Ok(line.split_whitespace().nth(11).and_then(|n| n.parse().ok()).unwrap_or(0))
+}
+
+/// Warms up, then counts for `length`.
+fn observe(sink: &Sink, length: Duration) -> Result<(f64, u64)> {
+    std::thread::sleep(WARM_UP);
+    let (begin, before) = (Instant::now(), sink.count()?);
+    std::thread::sleep(length);
+    let (after, seconds) = (sink.count()?, begin.elapsed().as_secs_f64());
+    Ok((seconds, after - before))
+}
+
+/// A counting, dropping program on an interface.
+#[derive(Debug)]
+pub struct Sink {
+    program: LabProgram,
+}
+
+impl Sink {
+    /// Counts on `kN`.
+    pub fn at_link(lab: &Lab, link: u32) -> Result<Self> {
+        Self::attach(lab.sink(link), &format!("k{link}"))
+    }
+
+    /// Counts on `r0`, where the relay would be: the generator's ceiling.
+    pub fn at_relay(lab: &Lab) -> Result<Self> {
+        Self::attach(&lab.relay, "r0")
+    }
+
+    fn attach(namespace: &super::Namespace, iface: &str) -> Result<Self> {
+        let mut program = LabProgram::load()?;
+        namespace.run(|| program.attach("lab_drop", socket::ifindex(iface)?))??;
+        Ok(Self { program })
+    }
+
+    /// Packets so far.
+    pub fn count(&self) -> Result<u64> {
+        self.program.count()
+    }
+}

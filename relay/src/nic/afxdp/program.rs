@@ -1,0 +1,256 @@
+//! The XDP program from user space: load it, fill its tables, attach it, count.
+//!
+//! The only production loader. Nothing is pinned: program, maps and links die with the last descriptor. Must never know
+//! a rule: the planner turns rules into keys. Every call is a handful of `bpf(2)` calls and none waits for a grace period.
+
+mod error;
+mod link;
+mod query;
+
+pub use error::ProgramError;
+pub use link::{Attachment, Mode};
+pub use query::{InterfaceXdp, interface_xdp};
+
+use aya::maps::{HashMap, LpmTrie, MapData, MapError, PerCpuArray, XskMap, lpm_trie::Key};
+use aya::programs::Xdp;
+use aya::{Ebpf, EbpfLoader};
+use relay_common::{
+    CounterValue, IngressConfig, MAX_MATCHES, MAX_QUEUES, MAX_SOURCES, MatchEntry, MatchKey, SOURCE_KEY_BITS, SourceKey, SourceVerdict,
+    XdpCounter,
+};
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+/// The production object.
+pub static RELAY_OBJECT: &[u8] = aya::include_bytes_aligned!("object/relay.bpf.o");
+/// The same with aya-log's diagnostics.
+pub static RELAY_LOG_OBJECT: &[u8] = aya::include_bytes_aligned!("object/relay-log.bpf.o");
+/// The programs of benchmarks and tests.
+pub static LAB_OBJECT: &[u8] = aya::include_bytes_aligned!("object/lab.bpf.o");
+
+/// The program for packets in several buffers, and the one for kernels that refuse it.
+const MULTI_BUFFER_PROGRAM: &str = "relay";
+const SINGLE_BUFFER_PROGRAM: &str = "relay_single";
+
+/// How to load.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadOptions<'a> {
+    /// Entries of the match table.
+    pub matches: u32,
+    /// Entries of the source prefix table.
+    pub sources: u32,
+    /// Log malformed packets through aya-log; see [`Program::flush_diagnostics`].
+    pub diagnostics: bool,
+    /// Another object than the embedded one (checks of freshly built objects).
+    pub object: Option<&'a [u8]>,
+    /// Don't try the program for packets in several buffers (tests of what older kernels get).
+    pub single_buffer: bool,
+}
+
+impl Default for LoadOptions<'_> {
+    fn default() -> Self {
+        Self { matches: MAX_MATCHES, sources: MAX_SOURCES, diagnostics: false, object: None, single_buffer: false }
+    }
+}
+
+/// All counters of one interface's slot, in the order of [`XdpCounter::ALL`].
+pub type Counters = [CounterValue; XdpCounter::COUNT as usize];
+
+/// Index into the socket table of queue `queue` of the interface in `slot`.
+pub const fn socket_index(slot: u32, queue: u32) -> u32 {
+    slot * MAX_QUEUES + queue
+}
+
+/// The loaded program with its tables and links.
+pub struct Program {
+    links: BTreeMap<u32, link::Link>,
+    ingress: HashMap<MapData, u32, IngressConfig>,
+    matches: HashMap<MapData, MatchKey, MatchEntry>,
+    sources: LpmTrie<MapData, SourceKey, SourceVerdict>,
+    sockets: XskMap<MapData>,
+    counters: PerCpuArray<MapData, CounterValue>,
+    diagnostics: Option<Box<dyn FnMut() + Send>>,
+    multi_buffer: bool,
+    ebpf: Ebpf,
+}
+
+impl Program {
+    /// Loads the object and has the kernel verify the program: the one for packets in several buffers, or, where the
+    /// kernel refuses that (before 5.18), the other. Needs CAP_BPF and CAP_NET_ADMIN.
+    pub fn load(options: &LoadOptions<'_>) -> Result<Self, ProgramError> {
+        if options.single_buffer {
+            return Self::load_as(options, false);
+        }
+        Self::load_as(options, true).or_else(|refused| match refused {
+            ProgramError::Load { .. } => Self::load_as(options, false).map_err(|_also| refused),
+            other => Err(other),
+        })
+    }
+
+    fn load_as(options: &LoadOptions<'_>, multi_buffer: bool) -> Result<Self, ProgramError> {
+        let mut ebpf = open(options, multi_buffer)?;
+        let name = program_name(multi_buffer);
+        xdp(&mut ebpf, name)?.load().map_err(|error| ProgramError::load(name, error))?;
+        let diagnostics = if options.diagnostics { Some(logger(&mut ebpf)?) } else { None };
+        Ok(Self {
+            links: BTreeMap::new(),
+            ingress: map(&mut ebpf, "INGRESS")?,
+            matches: map(&mut ebpf, "MATCHES")?,
+            sources: map(&mut ebpf, "SOURCES")?,
+            sockets: map(&mut ebpf, "XSKS")?,
+            counters: map(&mut ebpf, "COUNTERS")?,
+            diagnostics,
+            multi_buffer,
+            ebpf,
+        })
+    }
+
+    /// Whether packets in several buffers reach the program (else the driver limits the MTU).
+    pub fn multi_buffer(&self) -> bool {
+        self.multi_buffer
+    }
+
+    /// Attaches to an interface in exactly this mode. Refuses where any program is attached already, and where the
+    /// kernel reports another mode or program afterwards.
+    pub fn attach(&mut self, ifindex: u32, mode: Mode) -> Result<Attachment, ProgramError> {
+        let before = interface_xdp(ifindex)?;
+        if self.links.contains_key(&ifindex) {
+            return Err(ProgramError::AlreadyAttached { interface: before.name });
+        }
+        before.refuse_foreign()?;
+        let link = link::Link::create(self.program()?, ifindex, mode).map_err(|errno| attach_error(&before, mode, errno))?;
+        let attachment = link.confirm(&interface_xdp(ifindex)?)?;
+        self.links.insert(ifindex, link);
+        Ok(attachment)
+    }
+
+    /// Detaches from an interface.
+    pub fn detach(&mut self, ifindex: u32) -> Result<(), ProgramError> {
+        self.links.remove(&ifindex).map(drop).ok_or(ProgramError::NotAttached { ifindex })
+    }
+
+    /// Descriptors of all links by interface. Whoever holds one keeps the program attached.
+    pub fn links(&self) -> impl Iterator<Item = (u32, BorrowedFd<'_>)> {
+        self.links.iter().map(|(&ifindex, link)| (ifindex, link.as_fd()))
+    }
+
+    /// Writes an interface's slot and shapes. Before [`Self::attach`], or packets pass uncounted by slot.
+    pub fn set_ingress(&mut self, ifindex: u32, config: &IngressConfig) -> Result<(), ProgramError> {
+        self.ingress.insert(ifindex, config, 0).map_err(on("INGRESS", "writing interface"))
+    }
+
+    /// From now on every packet of the interface passes.
+    pub fn remove_ingress(&mut self, ifindex: u32) -> Result<(), ProgramError> {
+        self.ingress.remove(&ifindex).map_err(on("INGRESS", "removing interface"))
+    }
+
+    /// Adds or replaces an entry.
+    pub fn insert_match(&mut self, key: &MatchKey, entry: &MatchEntry) -> Result<(), ProgramError> {
+        self.matches.insert(key, entry, 0).map_err(on("MATCHES", "adding an entry"))
+    }
+
+    /// Removes an entry.
+    pub fn remove_match(&mut self, key: &MatchKey) -> Result<(), ProgramError> {
+        self.matches.remove(key).map_err(on("MATCHES", "removing an entry"))
+    }
+
+    /// Adds or replaces the verdict for sources in the first `prefix_len` bits of the address, in the key's set.
+    pub fn insert_source(&mut self, key: &SourceKey, prefix_len: u32, verdict: &SourceVerdict) -> Result<(), ProgramError> {
+        self.sources.insert(&source_key(key, prefix_len), verdict, 0).map_err(on("SOURCES", "adding a prefix"))
+    }
+
+    /// Removes such a verdict.
+    pub fn remove_source(&mut self, key: &SourceKey, prefix_len: u32) -> Result<(), ProgramError> {
+        self.sources.remove(&source_key(key, prefix_len)).map_err(on("SOURCES", "removing a prefix"))
+    }
+
+    /// Puts a bound AF_XDP socket at [`socket_index`]. The table does not keep it alive.
+    pub fn set_socket(&mut self, index: u32, socket: &impl AsRawFd) -> Result<(), ProgramError> {
+        self.sockets.set(index, socket.as_raw_fd(), 0).map_err(on("XSKS", "setting a socket"))
+    }
+
+    /// Empties a place of the socket table: packets for it pass.
+    pub fn clear_socket(&mut self, index: u32) -> Result<(), ProgramError> {
+        self.sockets.unset(index).map_err(on("XSKS", "clearing a socket"))
+    }
+
+    /// One slot's counters, summed over the CPUs.
+    pub fn counters(&self, slot: u32) -> Result<Counters, ProgramError> {
+        let mut sums = Counters::default();
+        for (sum, counter) in sums.iter_mut().zip(XdpCounter::ALL) {
+            let index = slot * XdpCounter::COUNT + *counter as u32;
+            for value in self.counters.get(&index, 0).map_err(on("COUNTERS", "reading a counter"))?.iter() {
+                sum.packets += value.packets;
+                sum.bytes += value.bytes;
+            }
+        }
+        Ok(sums)
+    }
+
+    /// Passes what the program logged on to the `log` crate. Nothing to do unless loaded with diagnostics.
+    pub fn flush_diagnostics(&mut self) {
+        if let Some(flush) = &mut self.diagnostics {
+            flush();
+        }
+    }
+
+    /// The loaded program, for test runs.
+    pub fn program(&mut self) -> Result<&mut Xdp, ProgramError> {
+        xdp(&mut self.ebpf, program_name(self.multi_buffer))
+    }
+}
+
+const fn program_name(multi_buffer: bool) -> &'static str {
+    if multi_buffer { MULTI_BUFFER_PROGRAM } else { SINGLE_BUFFER_PROGRAM }
+}
+
+/// Creates the maps. No CO-RE relocation is in the object, so the kernel's own BTF isn't read.
+fn open(options: &LoadOptions<'_>, multi_buffer: bool) -> Result<Ebpf, ProgramError> {
+    let embedded = if options.diagnostics { RELAY_LOG_OBJECT } else { RELAY_OBJECT };
+    let (multi_buffer, log) = (u32::from(multi_buffer), 1_u32);
+    let mut loader = EbpfLoader::new();
+    loader.btf(None).map_max_entries("MATCHES", options.matches).map_max_entries("SOURCES", options.sources);
+    loader.override_global("MULTI_BUFFER", &multi_buffer, true);
+    if options.diagnostics {
+        loader.override_global("LOG", &log, true);
+    }
+    loader.load(options.object.unwrap_or(embedded)).map_err(|error| ProgramError::Object(Box::new(error)))
+}
+
+fn xdp<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Xdp, ProgramError> {
+    let program = ebpf.program_mut(name).ok_or(ProgramError::Missing { kind: "program", name })?;
+    program.try_into().map_err(|_| ProgramError::Missing { kind: "XDP program", name })
+}
+
+fn map<M: TryFrom<aya::maps::Map, Error = MapError>>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, ProgramError> {
+    let map = ebpf.take_map(name).ok_or(ProgramError::Missing { kind: "map", name })?;
+    M::try_from(map).map_err(on(name, "checking its layout"))
+}
+
+fn on(map: &'static str, operation: &'static str) -> impl Fn(MapError) -> ProgramError {
+    move |source| ProgramError::Map { map, operation, source }
+}
+
+fn source_key(key: &SourceKey, prefix_len: u32) -> Key<SourceKey> {
+    Key::new((32 + prefix_len).min(SOURCE_KEY_BITS), *key)
+}
+
+/// Hides aya-log's logger, whose type names a crate that nothing else here needs.
+fn logger(ebpf: &mut Ebpf) -> Result<Box<dyn FnMut() + Send>, ProgramError> {
+    let mut logger = aya_log::EbpfLogger::init(ebpf).map_err(|error| ProgramError::Diagnostics(error.to_string()))?;
+    Ok(Box::new(move || logger.flush()))
+}
+
+/// What the errno of an attachment means. A program may have come between the question and the attachment.
+fn attach_error(before: &InterfaceXdp, mode: Mode, errno: nix::errno::Errno) -> ProgramError {
+    use nix::errno::Errno;
+    let interface = before.name.clone();
+    match (errno, mode) {
+        (Errno::EBUSY | Errno::EEXIST, _) => interface_xdp(before.ifindex)
+            .and_then(|now| now.refuse_foreign())
+            .err()
+            .unwrap_or(ProgramError::Attach { interface, mode, errno }),
+        (Errno::EOPNOTSUPP, Mode::Native) => ProgramError::NoNativeXdp { interface },
+        _ => ProgramError::Attach { interface, mode, errno },
+    }
+}

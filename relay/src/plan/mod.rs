@@ -1,0 +1,11 @@
+//! What supervisor and workers tell each other in shared memory: rule records, header edits, counters, reasons, layouts.
+//!
+//! Plain data and its layout, so that neither side has to know the other. Must never act.
+
+pub mod counters;
+pub mod edit;
+pub mod fate;
+pub mod manifest;
+pub mod records;
+pub mod status;
+pub mod work;

@@ -1,0 +1,341 @@
+//! The supervisor's loop: one thread, one poll, no waiting anywhere else.
+//!
+//! Owns every kernel object of the relay. Signals, control requests, netlink news, ends of workers and timers come in
+//! here; what they mean is in the rooms beside it. Must never block on a worker, a client or the kernel.
+
+use super::book::Book;
+use super::capabilities::{self, Set};
+use super::error::RunError;
+use super::fleet::Fleet;
+use super::interfaces::{Interface, Interfaces};
+use super::joins::Joins;
+use super::locks::Lock;
+use super::netlink::Watch;
+use super::options::{BackendChoice, Options};
+use super::ports::{self, Ports, Way};
+use super::update::Update;
+use super::view::View;
+use crate::control::message::{Request, Response};
+use crate::control::server::{ClientToken, Server};
+use crate::frame::Umem;
+use crate::nic::afxdp::program::{LoadOptions, Program};
+use crate::plan::records::{RULES_LEN, RulesSegment, Snapshot};
+use crate::rule::Rule;
+use crate::rule::compile::{Compiled, MapChange};
+use crate::rule::set::RuleSet;
+use crate::sys::memfd::{self, Writers};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+/// Between two looks at the workers' heartbeats when nothing happens.
+const LOOK_PERIOD: Duration = Duration::from_millis(50);
+/// The same while an update or a stop is under way.
+const BUSY_PERIOD: Duration = Duration::from_millis(1);
+/// A stop takes no longer than this; what is left is killed.
+const STOP_LIMIT: Duration = Duration::from_millis(900);
+/// News of the kernel are gathered for so long before the rules are planned again.
+const NEWS_DELAY: Duration = Duration::from_millis(5);
+
+/// Everything the supervisor owns.
+pub struct Supervisor {
+    pub(super) options: Options,
+    pub(super) server: Server,
+    pub(super) interfaces: Interfaces,
+    watch: Watch,
+    pub(super) known: BTreeMap<String, Interface>,
+    pub(super) locks: Vec<(u32, Lock)>,
+    pub(super) joins: Joins,
+    pub(super) program: Option<Program>,
+    pub(super) no_program: String,
+    pub(super) umems: Vec<Umem>,
+    pub(super) ports: Ports,
+    pub(super) fleet: Fleet,
+    pub(super) segment: RulesSegment,
+    pub(super) published: Snapshot,
+    pub(super) epoch: u32,
+    pub(super) book: Book,
+    pub(super) compiled: Compiled,
+    pub(super) update: Option<Update>,
+    queue: VecDeque<(ClientToken, Request)>,
+    pub(super) deferred: Vec<(Instant, Vec<MapChange>)>,
+    /// Packets and bytes counted by deleted rules, by interface: taken in, sent out.
+    pub(super) retired: BTreeMap<String, [u64; 4]>,
+    pub(super) started: Instant,
+    pub(super) live: bool,
+    pub(super) announced: bool,
+    pub(super) fatal: Option<RunError>,
+    replan_at: Option<Instant>,
+    stopping: bool,
+    signals: SignalFd,
+}
+
+fn failed<E: std::fmt::Display>(what: &'static str) -> impl Fn(E) -> RunError {
+    move |error| RunError::failure(format!("{what}: {error}"))
+}
+
+/// Runs the relay until it is told to stop.
+pub fn run(options: Options) -> Result<(), RunError> {
+    let set = load(&options)?;
+    let mut supervisor = Supervisor::set_up(options)?;
+    supervisor.begin(set, None, Response::Done(String::new()))?;
+    drop_privileges()?;
+    supervisor.forward()
+}
+
+/// Rules of the config file and of `--rule`.
+fn load(options: &Options) -> Result<RuleSet, RunError> {
+    let mut rules: Vec<Rule> = match &options.config {
+        Some(path) => {
+            let name = path.display().to_string();
+            let source = std::fs::read_to_string(path).map_err(|error| RunError::bad("--config", format!("{name}: {error}"), "name a readable file"))?;
+            crate::config::parse(&name, &source).map_err(|error| RunError::bad("--config", error, ""))?
+        }
+        None => Vec::new(),
+    };
+    rules.extend(options.rules.iter().cloned());
+    RuleSet::new(rules).map_err(|error| RunError::bad(error.field(), &error, ""))
+}
+
+/// Keeps the capabilities of DECISIONS §6 and lets nothing be gained again.
+fn drop_privileges() -> Result<(), RunError> {
+    if let Err(error) = capabilities::empty_bounding() {
+        tracing::debug!(%error, "bounding set kept");
+    }
+    capabilities::clear_ambient().map_err(failed("ambient capabilities"))?;
+    capabilities::retain(Set::SUPERVISOR).map_err(failed("capabilities"))
+}
+
+fn load_program(options: &Options) -> (Option<Program>, String) {
+    if options.backend == BackendChoice::Packet {
+        return (None, "--backend packet".into());
+    }
+    match Program::load(&LoadOptions::default()) {
+        Ok(program) => (Some(program), String::new()),
+        Err(error) => (None, error.to_string()),
+    }
+}
+
+impl Supervisor {
+    fn set_up(options: Options) -> Result<Self, RunError> {
+        let mut set = SigSet::empty();
+        [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().for_each(|signal| set.add(signal));
+        set.thread_block().map_err(failed("blocking signals"))?;
+        let signals = SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC).map_err(failed("signalfd"))?;
+        let server = Server::bind(&options.socket).map_err(|error| RunError::bad("--socket", &error, error.hint()))?;
+        let mut interfaces = Interfaces::open().map_err(failed("netlink"))?;
+        let watch = Watch::open().map_err(failed("netlink"))?;
+        let known = ports::known(&mut interfaces)?;
+        let (rules_fd, mapping) = memfd::create("relay-rules", RULES_LEN, Writers::Creator).map_err(failed("rules segment"))?;
+        let segment = RulesSegment::create(&mapping).map_err(failed("rules segment"))?;
+        let (fleet, umems) = Fleet::new(&options, rules_fd)?;
+        let (program, no_program) = load_program(&options);
+        let supervisor = Self {
+            options,
+            server,
+            interfaces,
+            watch,
+            known,
+            locks: Vec::new(),
+            joins: Joins::new(),
+            program,
+            no_program,
+            umems,
+            ports: Ports::default(),
+            fleet,
+            segment,
+            published: Snapshot::default(),
+            epoch: 0,
+            book: Book::default(),
+            compiled: Compiled::default(),
+            update: None,
+            queue: VecDeque::new(),
+            deferred: Vec::new(),
+            retired: BTreeMap::new(),
+            started: Instant::now(),
+            live: false,
+            announced: false,
+            fatal: None,
+            replan_at: None,
+            stopping: false,
+            signals,
+        };
+        supervisor.segment.publish(&Snapshot::default()).map_err(failed("rules segment"))?;
+        Ok(supervisor)
+    }
+
+    /// The loop.
+    fn forward(&mut self) -> Result<(), RunError> {
+        while !self.stopping {
+            let now = Instant::now();
+            self.fleet.start_due(now, &self.ports)?;
+            self.wait(now);
+            self.signals();
+            self.serve();
+            self.news();
+            self.fleet.read_logs();
+            self.fleet.look(Instant::now());
+            self.advance();
+            self.run_deferred(Instant::now());
+            self.replan();
+            if let Some(error) = self.fatal.take() {
+                self.stop();
+                return Err(error);
+            }
+        }
+        self.stop();
+        Ok(())
+    }
+
+    fn wait(&self, now: Instant) {
+        let mut bound = if self.update.is_some() { BUSY_PERIOD } else { LOOK_PERIOD };
+        for at in [self.fleet.next_start(), self.server.next_deadline(), self.replan_at].into_iter().flatten() {
+            bound = bound.min(at.saturating_duration_since(now));
+        }
+        let fixed: [BorrowedFd<'_>; 3] = [self.signals.as_fd(), self.server.as_fd(), self.watch.as_fd()];
+        let mut polled: Vec<PollFd<'_>> = fixed.into_iter().chain(self.fleet.descriptors()).map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        // EINTR is a short wait.
+        let _ = poll(&mut polled, PollTimeout::try_from(bound).unwrap_or(PollTimeout::ZERO));
+    }
+
+    fn signals(&mut self) {
+        while let Ok(Some(signal)) = self.signals.read_signal() {
+            match Signal::try_from(signal.ssi_signo as i32) {
+                Ok(Signal::SIGHUP) => self.reload(),
+                Ok(signal) => {
+                    tracing::info!(%signal, "stopping");
+                    self.stopping = true;
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn reload(&mut self) {
+        match load(&self.options).and_then(|set| self.begin(set, None, Response::Done(String::new()))) {
+            Ok(()) => tracing::info!("configuration read again"),
+            Err(error) => tracing::error!(%error, "configuration refused, nothing changed"),
+        }
+    }
+
+    fn serve(&mut self) {
+        let mut requests = Vec::new();
+        self.server.turn(Instant::now(), &mut |client, request| {
+            requests.push((client, request));
+            None
+        });
+        self.queue.extend(requests);
+        // Requests that only read are answered at once; those that change wait for the update under way.
+        for _ in 0..self.queue.len() {
+            let Some((client, request)) = self.queue.pop_front() else { break };
+            if self.update.is_some() && changes(&request) {
+                self.queue.push_back((client, request));
+                continue;
+            }
+            let answer = self.handle(client, request).unwrap_or_else(|error| Some(Response::Error(error.body())));
+            if let Some(response) = answer {
+                self.server.reply(client, &response);
+            }
+        }
+    }
+
+    /// Answers a request; `None` where the answer comes when the update is done.
+    fn handle(&mut self, client: ClientToken, request: Request) -> Result<Option<Response>, RunError> {
+        let set_error = |error: crate::rule::set::SetError| RunError::bad(error.field(), &error, "");
+        match request {
+            Request::Status => Ok(Some(Response::Status(Box::new(self.status())))),
+            Request::Stats => Ok(Some(Response::Stats(Box::new(self.stats())))),
+            Request::RuleList => Ok(Some(Response::Rules(self.rule_list()))),
+            Request::Shutdown => {
+                self.stopping = true;
+                Ok(Some(Response::Done("stopping".into())))
+            }
+            Request::RuleAdd { rule } => {
+                let rule = parse(&rule)?;
+                let id = rule.id.clone();
+                let mut set = self.book.set.clone();
+                set.add(rule).map_err(set_error)?;
+                self.begin(set, Some(client), Response::Done(id)).map(|()| None)
+            }
+            Request::RuleDel { id } => {
+                let mut set = self.book.set.clone();
+                set.remove(&id).map_err(set_error)?;
+                self.begin(set, Some(client), Response::Done(id)).map(|()| None)
+            }
+            Request::Apply { rules, dry_run } => {
+                let rules = rules.iter().map(|line| parse(line)).collect::<Result<Vec<Rule>, _>>()?;
+                let mut set = self.book.set.clone();
+                let change = set.replace_all(rules).map_err(set_error)?;
+                let answer = Response::Changes(super::report::changes(&self.book.set, &change));
+                if dry_run || change.is_empty() {
+                    return Ok(Some(answer));
+                }
+                self.begin(set, Some(client), answer).map(|()| None)
+            }
+            Request::RuleSave { file } => self.save(file).map(|path| Some(Response::Done(path))),
+        }
+    }
+
+    fn news(&mut self) {
+        if !self.watch.drain().is_empty() {
+            self.replan_at.get_or_insert_with(|| Instant::now() + NEWS_DELAY);
+        }
+    }
+
+    /// Plans the outputs again after news of the kernel; publishes only if something is different.
+    fn replan(&mut self) {
+        if self.update.is_some() || !self.announced || !self.replan_at.is_some_and(|at| Instant::now() >= at) {
+            return;
+        }
+        self.replan_at = None;
+        if !self.fleet.settled() || !self.fleet.all_acked(self.epoch) {
+            self.replan_at = Some(Instant::now() + NEWS_DELAY);
+            return;
+        }
+        let Ok(known) = ports::known(&mut self.interfaces) else { return };
+        self.known = known;
+        let mut view = View::new(&self.ports, &self.known, &mut self.interfaces);
+        let snapshot = self.book.snapshot(self.epoch + 1, &mut view, None);
+        if snapshot.rules != self.published.rules || snapshot.own != self.published.own {
+            tracing::info!(epoch = snapshot.epoch, "interfaces or neighbours changed: outputs planned again");
+            if let Err(error) = self.put_in_force(snapshot) {
+                tracing::error!(%error, "planning again");
+            }
+        }
+    }
+
+    /// Detach, drain, stop, join (every wait bounded).
+    fn stop(&mut self) {
+        if let Some(program) = self.program.as_mut() {
+            for (number, port) in self.ports.list().iter().enumerate().filter(|(_, port)| port.way == Way::Xsk && port.attached) {
+                ports::go_dark(program, number, port);
+                if let Err(error) = program.detach(port.facts.ifindex) {
+                    tracing::warn!(interface = %port.name, %error, "detaching");
+                }
+            }
+        }
+        self.fleet.stop_all();
+        let limit = Instant::now() + STOP_LIMIT;
+        while !self.fleet.all_ended() {
+            if Instant::now() >= limit {
+                self.fleet.kill_all();
+            }
+            let mut polled: Vec<PollFd<'_>> = self.fleet.descriptors().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+            let _ = poll(&mut polled, PollTimeout::from(5u8));
+            self.fleet.read_logs();
+            self.fleet.look(Instant::now());
+        }
+        tracing::info!("stopped");
+    }
+}
+
+const fn changes(request: &Request) -> bool {
+    matches!(request, Request::RuleAdd { .. } | Request::RuleDel { .. } | Request::Apply { .. })
+}
+
+fn parse(line: &str) -> Result<Rule, RunError> {
+    line.parse::<Rule>().map_err(|error| RunError::bad(error.field, &error, &error.hint))
+}

@@ -1,0 +1,505 @@
+//! The workers: their memory, their processes, what becomes of them.
+//!
+//! ```text
+//!            spawn                 RUN seen
+//!  Waiting ────────▶ Starting ───────────────▶ Running
+//!     ▲                  │ died                  │ died · hung: SIGKILL
+//!     │ back-off over    ▼                       ▼
+//!     └───────────── Dead (pidfd readable) ◀─────┤
+//!                        ▲        drained, 0     │ replace, stop
+//!                        └──────────────────── Draining
+//! ```
+//! A successor starts only after the pidfd of its predecessor is readable (ADOPTION.md: a word does not fence). Nothing
+//! here waits. Must never trust a status segment beyond its bounds.
+
+use super::backoff::Backoff;
+use super::error::RunError;
+use super::options::{Options, PipelineChoice, WaitChoice};
+use super::ports::{Ports, egress_capacity};
+use crate::frame::{FRAME_SIZE, Umem};
+use crate::plan::manifest::{COMMAND_DRAIN, COMMAND_STOP, CONTROL_LEN, Control, LAYOUT_VERSION, Manifest, WaitMode};
+use crate::plan::status::{STATE_BOOT, STATE_RUN, STATUS_LEN, StatusPage};
+use crate::plan::work::WorkLayout;
+use crate::sys::memfd::{self, Writers};
+use crate::sys::process::{self, Child, Spawn};
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use std::ffi::CString;
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::Ordering::{Acquire, Release};
+use std::time::{Duration, Instant};
+
+/// A worker that shows no heartbeat for so long is replaced (DECISIONS §5).
+const HUNG_AFTER: Duration = Duration::from_millis(500);
+/// A worker that does not reach RUN within this time is replaced.
+const START_LIMIT: Duration = Duration::from_secs(10);
+/// Bytes of one log line of a worker; the rest of a longer one is cut.
+const MAX_LINE: usize = 1024;
+
+/// What a worker is doing, as far as the supervisor knows.
+#[derive(Debug)]
+pub enum Phase {
+    /// No process; one starts at this time.
+    Waiting(Instant),
+    /// Started at this time, not in RUN yet.
+    Starting(Instant),
+    /// Forwarding.
+    Running,
+    /// Killed; its pidfd will tell.
+    Killed,
+    /// Told to drain and exit, at this time; `true`: and to come back.
+    Draining(Instant, bool),
+    /// Ended for good.
+    Ended,
+}
+
+/// One worker: the memory that stays, and the process that comes and goes.
+#[derive(Debug)]
+pub struct Slot {
+    /// Number.
+    pub id: u32,
+    work: OwnedFd,
+    umem: OwnedFd,
+    status_fd: OwnedFd,
+    /// What it reports.
+    pub status: StatusPage,
+    /// What it does.
+    pub phase: Phase,
+    child: Option<Child>,
+    control: Option<Control>,
+    life: Option<OwnedFd>,
+    log: Option<OwnedFd>,
+    line: Vec<u8>,
+    generation: u32,
+    turns_at_start: u64,
+    /// Unplanned replacements.
+    pub restarts: u64,
+    /// How the last process ended.
+    pub last_exit: String,
+    backoff: Backoff,
+}
+
+/// All workers.
+pub struct Fleet {
+    /// By number.
+    pub slots: Vec<Slot>,
+    executable: OwnedFd,
+    null: OwnedFd,
+    rules: OwnedFd,
+    user: Option<(u32, u32)>,
+    split: bool,
+    wait: WaitMode,
+    heartbeat: Duration,
+    linger: Duration,
+    cpus: Vec<usize>,
+    frames: u32,
+    start: Instant,
+}
+
+fn failed(what: &'static str) -> impl Fn(nix::errno::Errno) -> RunError {
+    move |errno| RunError::failure(format!("{what}: {errno}"))
+}
+
+/// Who workers run as: `--worker-user`, else `relay-worker`, else 65534; `None` in a user namespace with one uid.
+fn worker_user(asked: Option<&str>) -> Result<Option<(u32, u32)>, RunError> {
+    use nix::unistd::User;
+    let known = |name: &str| User::from_name(name).ok().flatten().map(|user| (user.uid.as_raw(), user.gid.as_raw()));
+    if let Some(name) = asked {
+        let number = name.parse::<u32>().ok().map(|uid| (uid, uid));
+        let hint = "name an existing user, or a numeric uid";
+        return known(name).or(number).map(Some).ok_or_else(|| RunError::bad("--worker-user", format!("no user {name}"), hint));
+    }
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let uids: u64 = map.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok()).sum();
+    if uids <= 1 || !nix::unistd::geteuid().is_root() {
+        return Ok(None);
+    }
+    Ok(Some(known("relay-worker").unwrap_or((65_534, 65_534))))
+}
+
+impl Fleet {
+    /// Memory for all workers; returns it with the UMEMs, which only the maker of sockets needs.
+    pub fn new(options: &Options, rules: OwnedFd) -> Result<(Self, Vec<Umem>), RunError> {
+        use nix::fcntl::{OFlag, open};
+        use nix::sys::stat::Mode;
+        let executable = open("/proc/self/exe", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(failed("opening the executable"))?;
+        let null = open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).map_err(failed("/dev/null"))?;
+        let mut fleet = Self {
+            slots: Vec::new(),
+            executable,
+            null,
+            rules,
+            user: worker_user(options.worker_user.as_deref())?,
+            split: options.pipeline == PipelineChoice::Split || (options.pipeline == PipelineChoice::Auto && allowed_cpus(options) >= 3),
+            wait: match options.wait {
+                WaitChoice::Spin => WaitMode::Spin,
+                WaitChoice::Adaptive => WaitMode::Adaptive,
+                WaitChoice::Poll => WaitMode::Poll,
+            },
+            heartbeat: options.heartbeat,
+            linger: options.linger,
+            cpus: options.cpus.clone().unwrap_or_default(),
+            frames: options.frames,
+            start: Instant::now(),
+        };
+        let mut umems = Vec::new();
+        for id in 0..options.workers {
+            let (slot, umem) = fleet.slot(id)?;
+            fleet.slots.push(slot);
+            umems.push(umem);
+        }
+        Ok((fleet, umems))
+    }
+
+    fn slot(&self, id: u32) -> Result<(Slot, Umem), RunError> {
+        let create = |name: &str, len| memfd::create(name, len, Writers::Holders).map_err(failed("making shared memory"));
+        let (umem, umem_mapping) = create("relay-umem", self.frames as usize * FRAME_SIZE as usize)?;
+        let layout = WorkLayout::new(self.frames, egress_capacity(self.frames));
+        let (work, _) = create("relay-work", layout.len)?;
+        let (status_fd, status_mapping) = create("relay-status", STATUS_LEN)?;
+        let status = StatusPage::new(&status_mapping).map_err(RunError::failure)?;
+        let mapping = std::sync::Arc::into_inner(umem_mapping).ok_or_else(|| RunError::failure("UMEM mapped twice"))?;
+        let slot = Slot {
+            id,
+            work,
+            umem,
+            status_fd,
+            status,
+            phase: Phase::Waiting(Instant::now()),
+            child: None,
+            control: None,
+            life: None,
+            log: None,
+            line: Vec::new(),
+            generation: 0,
+            turns_at_start: 0,
+            restarts: 0,
+            last_exit: String::new(),
+            backoff: Backoff::new(u64::from(std::process::id()) ^ u64::from(id)),
+        };
+        Ok((slot, Umem::new(mapping)))
+    }
+
+    /// Whether workers run two threads.
+    pub const fn is_split(&self) -> bool {
+        self.split
+    }
+
+    /// Uid of the workers.
+    pub fn uid(&self) -> u32 {
+        self.user.map_or_else(|| nix::unistd::geteuid().as_raw(), |(uid, _)| uid)
+    }
+
+    /// CPUs of a worker's threads.
+    fn cpus_of(&self, id: u32) -> Vec<usize> {
+        let threads = if self.split { 2 } else { 1 };
+        let first = id as usize * threads;
+        let count = self.cpus.len();
+        (0..threads).filter_map(|thread| self.cpus.get((first + thread) % count.max(1)).copied()).collect()
+    }
+
+    /// Starts the processes whose time has come.
+    pub fn start_due(&mut self, now: Instant, ports: &Ports) -> Result<(), RunError> {
+        for index in 0..self.slots.len() {
+            let due = self.slots.get(index).is_some_and(|slot| matches!(slot.phase, Phase::Waiting(at) if now >= at));
+            if due {
+                self.spawn(index, ports)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// When the next process is to start.
+    pub fn next_start(&self) -> Option<Instant> {
+        self.slots.iter().filter_map(|slot| if let Phase::Waiting(at) = slot.phase { Some(at) } else { None }).min()
+    }
+
+    fn spawn(&mut self, index: usize, ports: &Ports) -> Result<(), RunError> {
+        use nix::fcntl::OFlag;
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+        let Some(id) = self.slots.get(index).map(|slot| slot.id) else { return Ok(()) };
+        let cpus = self.cpus_of(id);
+        let (life, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).map_err(failed("socketpair"))?;
+        let (log, stderr) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(failed("pipe"))?;
+        let (control_fd, control_mapping) = memfd::create("relay-control", CONTROL_LEN, Writers::Creator).map_err(failed("control segment"))?;
+        let Some(slot) = self.slots.get_mut(index) else { return Ok(()) };
+        slot.generation += 1;
+        let manifest = Manifest {
+            version: LAYOUT_VERSION,
+            worker: id,
+            generation: slot.generation,
+            frame_count: self.frames,
+            egress_capacity: egress_capacity(self.frames),
+            umem_fd: slot.umem.as_raw_fd(),
+            work_fd: slot.work.as_raw_fd(),
+            rules_fd: self.rules.as_raw_fd(),
+            life_fd: theirs.as_raw_fd(),
+            split: self.split,
+            wait: self.wait,
+            cpus,
+            heartbeat_ms: self.heartbeat.as_millis() as u64,
+            linger_ms: self.linger.as_millis() as u64,
+            ports: ports.manifest(index, self.frames),
+        };
+        let control = Control::write(control_mapping, &manifest).map_err(RunError::failure)?;
+        let inherit: Vec<i32> = [&control_fd, &slot.status_fd, &slot.umem, &slot.work, &self.rules, &theirs]
+            .iter()
+            .map(|fd| fd.as_raw_fd())
+            .chain(ports.descriptors(index))
+            .collect();
+        slot.status.state.store(STATE_BOOT, Release);
+        slot.turns_at_start = slot.status.turns.load(Acquire);
+        let child = process::spawn(&Spawn {
+            executable: self.executable.as_fd(),
+            arguments: &[c_string(format!("relay-worker-{id}"))],
+            environment: &[
+                c_string(format!("RELAY_WORKER_ID={id}")),
+                c_string(format!("RELAY_CONTROL_CHANNEL=fd:{}", control_fd.as_raw_fd())),
+                c_string(format!("RELAY_STATUS_CHANNEL=fd:{}", slot.status_fd.as_raw_fd())),
+            ],
+            user: self.user,
+            stderr: stderr.as_fd(),
+            inherit: &inherit,
+            null: self.null.as_fd(),
+        })
+        .map_err(failed("starting a worker"))?;
+        tracing::info!(worker = id, pid = child.pid, generation = slot.generation, "worker started");
+        slot.child = Some(child);
+        slot.control = Some(control);
+        slot.life = Some(life);
+        slot.log = Some(log);
+        slot.phase = Phase::Starting(Instant::now());
+        Ok(())
+    }
+
+    /// Time since the fleet was made.
+    fn age(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// Looks at every process: dead, in RUN, hung. Returns whether anything changed.
+    pub fn look(&mut self, now: Instant) -> bool {
+        let age = self.age();
+        let mut changed = false;
+        for slot in &mut self.slots {
+            changed |= slot.look(now, age);
+        }
+        changed
+    }
+
+    /// Whether every worker forwards, but for those in a crash loop (they would hold everybody up).
+    pub fn settled(&self) -> bool {
+        let settled = |slot: &Slot| match slot.phase {
+            Phase::Running => true,
+            Phase::Waiting(_) => slot.backoff.degraded(),
+            _ => false,
+        };
+        self.slots.iter().all(settled)
+    }
+
+    /// Whether every worker that forwards uses this epoch (one that does not forward takes it at its start).
+    pub fn all_acked(&self, epoch: u32) -> bool {
+        self.slots.iter().all(|slot| !matches!(slot.phase, Phase::Running) || slot.status.acked_epoch.load(Acquire) == epoch)
+    }
+
+    /// Kills the workers that have not acknowledged the epoch.
+    pub fn kill_laggards(&mut self, epoch: u32) {
+        for slot in &mut self.slots {
+            if matches!(slot.phase, Phase::Running) && slot.status.acked_epoch.load(Acquire) != epoch {
+                tracing::warn!(worker = slot.id, epoch, "worker does not take the new rules: replaced");
+                slot.kill();
+                slot.phase = Phase::Killed;
+            }
+        }
+    }
+
+    /// Wakes sleeping workers.
+    pub fn ring(&self) {
+        for life in self.slots.iter().filter_map(|slot| slot.life.as_ref()) {
+            // A full socket means that it will wake up anyway.
+            let _ = nix::sys::socket::send(life.as_raw_fd(), &[1], nix::sys::socket::MsgFlags::MSG_DONTWAIT | nix::sys::socket::MsgFlags::MSG_NOSIGNAL);
+        }
+    }
+
+    /// Planned replacement of every worker: drain, exit, successor with the present ports.
+    pub fn replace_all(&mut self) {
+        self.command(COMMAND_DRAIN, true);
+    }
+
+    /// Drains and ends every worker.
+    pub fn stop_all(&mut self) {
+        self.command(COMMAND_STOP, false);
+    }
+
+    fn command(&mut self, command: u32, back: bool) {
+        let now = Instant::now();
+        for slot in &mut self.slots {
+            if slot.child.is_none() {
+                slot.phase = if back { Phase::Waiting(now) } else { Phase::Ended };
+                continue;
+            }
+            if let Some(control) = &slot.control {
+                control.set_command(command);
+            }
+            slot.phase = Phase::Draining(now, back);
+        }
+        self.ring();
+    }
+
+    /// Whether no process is left.
+    pub fn all_ended(&self) -> bool {
+        self.slots.iter().all(|slot| slot.child.is_none())
+    }
+
+    /// Ends what is left at once.
+    pub fn kill_all(&mut self) {
+        for slot in &mut self.slots {
+            slot.kill();
+        }
+    }
+
+    /// What to poll: pidfds and log pipes.
+    pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.slots.iter().flat_map(|slot| {
+            [slot.child.as_ref().map(|child| child.pidfd.as_fd()), slot.log.as_ref().map(AsFd::as_fd)].into_iter().flatten()
+        })
+    }
+
+    /// Passes on what workers have written to their stderr.
+    pub fn read_logs(&mut self) {
+        for slot in &mut self.slots {
+            slot.read_log();
+        }
+    }
+}
+
+fn allowed_cpus(options: &Options) -> usize {
+    match &options.cpus {
+        Some(cpus) => cpus.len(),
+        None => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+    }
+}
+
+fn c_string(text: String) -> CString {
+    CString::new(text).unwrap_or_default()
+}
+
+impl Slot {
+    /// Process id, 0 between two processes.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().map_or(0, |child| child.pid)
+    }
+
+    /// Name of the state in `status`.
+    pub fn state(&self) -> &'static str {
+        match self.phase {
+            Phase::Waiting(_) if self.backoff.degraded() => "degraded",
+            Phase::Waiting(_) | Phase::Starting(_) => "boot",
+            Phase::Running => "run",
+            Phase::Killed => "fail",
+            Phase::Draining(..) | Phase::Ended => "halt",
+        }
+    }
+
+    /// Age of the last heartbeat.
+    pub fn heartbeat_age(&self) -> Duration {
+        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
+        now.saturating_sub(Duration::from_nanos(self.status.beat_ns.load(Acquire)))
+    }
+
+    fn kill(&mut self) {
+        if let Some(child) = &self.child {
+            // ESRCH: it is dead already, and look() will see it.
+            let _ = process::signal(child.pidfd.as_fd(), Signal::SIGKILL);
+        }
+    }
+
+    fn look(&mut self, now: Instant, age: Duration) -> bool {
+        if self.reap(now, age) {
+            return true;
+        }
+        match self.phase {
+            Phase::Starting(since) if self.status.state.load(Acquire) == STATE_RUN => {
+                tracing::info!(worker = self.id, pid = self.pid(), took = ?since.elapsed(), recovered = self.status.recovered.load(Acquire), "worker forwards");
+                self.phase = Phase::Running;
+                true
+            }
+            Phase::Starting(since) if since.elapsed() > START_LIMIT => {
+                tracing::warn!(worker = self.id, "worker does not come up: killed");
+                self.kill();
+                self.phase = Phase::Killed;
+                false
+            }
+            Phase::Running if self.heartbeat_age() > HUNG_AFTER => {
+                tracing::warn!(worker = self.id, age = ?self.heartbeat_age(), "worker hangs: killed");
+                self.kill();
+                self.phase = Phase::Killed;
+                false
+            }
+            Phase::Draining(since, _) if since.elapsed() > Duration::from_millis(800) => {
+                self.kill();
+                false
+            }
+            _ => false,
+        }
+    }
+
+    /// Notes the end of the process, if it has ended.
+    fn reap(&mut self, now: Instant, age: Duration) -> bool {
+        let Some(child) = &self.child else { return false };
+        let status = match waitpid(Pid::from_raw(child.pid as i32), Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) | Err(_) => return false,
+            Ok(status) => status,
+        };
+        let (words, clean) = describe(&status);
+        self.read_log();
+        (self.child, self.control, self.life, self.log) = (None, None, None, None);
+        self.phase = match self.phase {
+            Phase::Draining(_, false) => Phase::Ended,
+            Phase::Draining(_, true) if clean => Phase::Waiting(now),
+            _ => {
+                self.restarts += 1;
+                self.last_exit = words.clone();
+                let proved = self.status.turns.load(Acquire) != self.turns_at_start;
+                let restart = self.backoff.died(age, proved);
+                tracing::warn!(worker = self.id, exit = %words, after = ?restart.after, degraded = restart.degraded, "worker died");
+                Phase::Waiting(now + restart.after)
+            }
+        };
+        true
+    }
+
+    fn read_log(&mut self) {
+        let Some(log) = &self.log else { return };
+        let mut bytes = [0; 4096];
+        let Ok(mut pipe) = log.try_clone().map(std::fs::File::from) else { return };
+        // Bounded, so that a worker that floods its log can't hold the supervisor.
+        for _ in 0..16 {
+            match pipe.read(&mut bytes) {
+                Ok(0) | Err(_) => return,
+                Ok(len) => {
+                    for byte in bytes.iter().take(len) {
+                        match byte {
+                            b'\n' => {
+                                tracing::info!(worker = self.id, "{}", String::from_utf8_lossy(&self.line));
+                                self.line.clear();
+                            }
+                            _ if self.line.len() < MAX_LINE => self.line.push(*byte),
+                            _ => {}
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn describe(status: &WaitStatus) -> (String, bool) {
+    match status {
+        WaitStatus::Exited(_, code) => (format!("exit status {code}"), *code == 0),
+        WaitStatus::Signaled(_, signal, _) => (format!("killed by {signal}"), false),
+        other => (format!("{other:?}"), false),
+    }
+}

@@ -1,0 +1,63 @@
+//! One relay per ingress interface of a network namespace: an abstract Unix socket is the lock.
+//!
+//! The kernel frees it with the last holder; workers inherit it, so that a living orphan blocks a start too (004.4).
+//! Must never leave anything in a file system.
+
+use super::error::RunError;
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, socket, sockopt::PeerCredentials,
+};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+/// The lock of one interface.
+#[derive(Debug)]
+pub struct Lock {
+    /// The listening socket.
+    pub fd: OwnedFd,
+}
+
+fn address(ifindex: u32) -> Result<UnixAddr, Errno> {
+    UnixAddr::new_abstract(format!("relay-ingress-{ifindex}").as_bytes())
+}
+
+/// Takes the lock of an interface, or says who holds it.
+pub fn take(ifindex: u32, name: &str) -> Result<Lock, RunError> {
+    match try_take(ifindex) {
+        Ok(lock) => Ok(lock),
+        Err(Errno::EADDRINUSE) => {
+            let holder = holder(ifindex).map_or_else(|_| "another relay".into(), |pid| format!("pid {pid}"));
+            Err(RunError::bad("ingress", format!("interface {name} is served by {holder} already"), "stop that relay, or add the rule to it with `relay rule add`"))
+        }
+        Err(errno) => Err(RunError::failure(format!("lock of interface {name}: {errno}"))),
+    }
+}
+
+fn try_take(ifindex: u32) -> Result<Lock, Errno> {
+    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    bind(fd.as_raw_fd(), &address(ifindex)?)?;
+    listen(&fd, Backlog::new(1)?)?;
+    Ok(Lock { fd })
+}
+
+/// Process that made the lock (its credentials at listen()).
+fn holder(ifindex: u32) -> Result<i32, Errno> {
+    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
+    connect(fd.as_raw_fd(), &address(ifindex)?)?;
+    Ok(getsockopt(&fd, PeerCredentials)?.pid())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn req_004_4_second_holder_is_refused_with_the_pid_of_the_first() {
+        let first = take(4_000_000_001, "test0").unwrap();
+        let refused = take(4_000_000_001, "test0").unwrap_err();
+        assert!(refused.to_string().contains(&std::process::id().to_string()), "{refused}");
+        assert_eq!(refused.exit_code(), 2);
+        drop(first);
+        take(4_000_000_001, "test0").unwrap();
+    }
+}

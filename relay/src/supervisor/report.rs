@@ -1,0 +1,265 @@
+//! What the supervisor tells: status, counters, rules. Sums what workers have counted; names every drop.
+//!
+//! Must never change anything.
+
+use super::book::Slots;
+use super::capabilities;
+use super::engine::Supervisor;
+use super::error::RunError;
+use super::ports::{Port, Way};
+use super::update::join_of;
+use crate::control::message::{
+    Changes,
+    FrameStats, InterfaceInfo, InterfaceStats, OutputStats, RuleInfo, RuleStats, Stats, Status, SupervisorInfo, WorkerInfo,
+};
+use crate::plan::counters::{Counter, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx};
+use crate::plan::fate::{DropReason, OutputDropReason};
+use crate::rule::set::{RuleSet, SetDiff};
+use crate::rule::{Output, Rule};
+use crate::sys::xdp;
+use relay_common::XdpCounter;
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering::Acquire;
+
+/// What `apply` changes: whole rules, so that the lines can be read, compared and applied again.
+pub fn changes(old: &RuleSet, change: &SetDiff) -> Changes {
+    let gone = change.removed.iter().map(String::as_str).chain(change.changed.iter().map(|rule| rule.id.as_str()));
+    let removed: Vec<String> = gone.filter_map(|id| old.get(id)).map(ToString::to_string).collect();
+    let added = change.added.iter().chain(&change.changed).map(ToString::to_string).collect();
+    let unchanged = (old.rules().len() - removed.len().min(old.rules().len())) as u64;
+    Changes { added, removed, unchanged }
+}
+
+fn sum<'a>(counters: impl Iterator<Item = Counter> + 'a) -> Counter {
+    counters.fold(Counter::default(), |sum, one| Counter { packets: sum.packets + one.packets, bytes: sum.bytes + one.bytes })
+}
+
+fn add(map: &mut BTreeMap<String, u64>, name: &str, packets: u64) {
+    if packets > 0 {
+        *map.entry(name.to_string()).or_default() += packets;
+    }
+}
+
+impl Supervisor {
+    /// `relay status`.
+    pub fn status(&self) -> Status {
+        let capabilities = capabilities::effective().map(|set| set.names()).unwrap_or_default();
+        let uptime_ms = self.started.elapsed().as_millis() as u64;
+        Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            supervisor: SupervisorInfo { pid: std::process::id(), uptime_ms, capabilities },
+            interfaces: self.ports.list().iter().map(interface_info).collect(),
+            workers: self.workers(),
+            rules: self.book.set.rules().len() as u64,
+            epoch: u64::from(self.epoch),
+        }
+    }
+
+    fn workers(&self) -> Vec<WorkerInfo> {
+        let wait = format!("{:?}", self.options.wait).to_lowercase();
+        let pipeline = if self.fleet.is_split() { "split" } else { "fused" };
+        let info = |slot: &super::fleet::Slot| WorkerInfo {
+            id: slot.id,
+            pid: slot.pid(),
+            state: slot.state().into(),
+            cpu: slot.status.cpu.load(Acquire) as i32,
+            restarts: slot.restarts,
+            last_exit: slot.last_exit.clone(),
+            heartbeat_age_ms: slot.heartbeat_age().as_millis() as u64,
+            pipeline: pipeline.into(),
+            wait: wait.clone(),
+            uid: self.fleet.uid(),
+        };
+        self.fleet.slots.iter().map(info).collect()
+    }
+
+    /// `relay rule list`.
+    pub fn rule_list(&self) -> Vec<RuleInfo> {
+        self.book.set.rules().iter().map(|rule| self.rule_info(rule)).collect()
+    }
+
+    fn rule_info(&self, rule: &Rule) -> RuleInfo {
+        let port = self.ports.ingress(rule).map(|(_, port)| port);
+        let (path, engine) = match port.map(|port| port.way) {
+            Some(Way::Xsk) => ("xsk", "tx"),
+            Some(Way::Packet) => ("packet", "uring"),
+            None => ("pending", ""),
+        };
+        let ifindex = self.known.get(&rule.ingress).map(|interface| interface.ifindex);
+        let joined = ifindex.and_then(|ifindex| join_of(rule, ifindex)).is_some_and(|join| self.joins.joined(&join));
+        RuleInfo {
+            id: rule.id.clone(),
+            rule: rule.to_string(),
+            path: path.into(),
+            engine: engine.into(),
+            reason: port.map_or_else(|| format!("interface {} is missing", rule.ingress), |port| port.reason.clone()),
+            joined,
+        }
+    }
+
+    /// Sum of one counter over all workers whose slot holds this rule.
+    fn rule_counter(&self, slots: &Slots, index: u32) -> Counter {
+        let pages = self.fleet.slots.iter().map(|slot| &slot.status).filter(|page| page.rule_serials.get(slots.slot as usize) == slots.serial);
+        sum(pages.map(|page| page.ingress.get(index as usize)))
+    }
+
+    fn port_counter(&self, index: u32) -> u64 {
+        sum(self.fleet.slots.iter().map(|slot| slot.status.ingress.get(index as usize))).packets
+    }
+
+    fn port_bytes(&self, index: u32) -> u64 {
+        sum(self.fleet.slots.iter().map(|slot| slot.status.ingress.get(index as usize))).bytes
+    }
+
+    /// `relay stats`.
+    pub fn stats(&self) -> Stats {
+        let rules: Vec<RuleStats> = self.book.set.rules().iter().filter_map(|rule| self.rule_stats(rule)).collect();
+        let mut interfaces: BTreeMap<String, InterfaceStats> = BTreeMap::new();
+        for (number, port) in self.ports.list().iter().enumerate() {
+            let entry = interfaces.entry(port.name.clone()).or_insert_with(|| InterfaceStats { name: port.name.clone(), ..InterfaceStats::default() });
+            self.add_port(entry, number, port);
+        }
+        for output in rules.iter().flat_map(|rule| &rule.outputs) {
+            if let Some(entry) = interfaces.get_mut(&output.egress) {
+                entry.tx_packets += output.tx_packets;
+                entry.tx_bytes += output.tx_bytes;
+            }
+        }
+        for (name, [rx_packets, _, tx_packets, tx_bytes]) in &self.retired {
+            if let Some(entry) = interfaces.get_mut(name) {
+                entry.retired += rx_packets;
+                entry.tx_packets += tx_packets;
+                entry.tx_bytes += tx_bytes;
+            }
+        }
+        Stats { interfaces: interfaces.into_values().collect(), rules, frames: self.frames() }
+    }
+
+    fn add_port(&self, entry: &mut InterfaceStats, number: usize, port: &Port) {
+        let mut taken = self.port_counter(port_rx(number));
+        entry.rx_bytes += self.port_bytes(port_rx(number));
+        for reason in DropReason::ALL {
+            let packets = self.port_counter(port_drop(number, *reason));
+            match reason {
+                // Nobody's packet: XDP would have passed it, and the kernel's stack has got it as well.
+                DropReason::NoRule => taken = taken.saturating_sub(packets),
+                // Never reached a worker, so the worker's own count lacks it.
+                DropReason::FillEmpty | DropReason::RxRingFull | DropReason::TooBig => {
+                    taken += packets;
+                    add(&mut entry.drops, reason.name(), packets);
+                }
+                _ => add(&mut entry.drops, reason.name(), packets),
+            }
+        }
+        if port.way == Way::Xsk && port.ingress {
+            for statistics in port.sockets.iter().filter_map(|sockets| xdp::statistics(&sockets.receive).ok()) {
+                add(&mut entry.drops, DropReason::FillEmpty.name(), statistics.rx_dropped);
+                add(&mut entry.drops, DropReason::RxRingFull.name(), statistics.rx_ring_full);
+                taken += statistics.rx_dropped + statistics.rx_ring_full;
+            }
+            self.add_passed(entry, number);
+        }
+        entry.rx_packets += taken;
+    }
+
+    fn add_passed(&self, entry: &mut InterfaceStats, number: usize) {
+        let Some(counters) = self.program.as_ref().and_then(|program| program.counters(number as u32).ok()) else { return };
+        for (counter, value) in XdpCounter::ALL.iter().zip(counters) {
+            if *counter != XdpCounter::Redirected {
+                entry.passed += value.packets;
+                add(&mut entry.passed_by, counter.name(), value.packets);
+            }
+        }
+    }
+
+    fn rule_stats(&self, rule: &Rule) -> Option<RuleStats> {
+        let slots = self.book.slots(&rule.id)?;
+        let rx = self.rule_counter(slots, rule_rx(slots.slot as usize));
+        let mut drops = BTreeMap::new();
+        for reason in DropReason::ALL {
+            add(&mut drops, reason.name(), self.rule_counter(slots, rule_drop(slots.slot as usize, *reason)).packets);
+        }
+        let outputs = rule.outputs.iter().zip(&slots.outputs).enumerate();
+        let outputs = outputs.map(|(index, (output, slot))| self.output_stats(slots, index, output, *slot)).collect();
+        Some(RuleStats { id: rule.id.clone(), rx_packets: rx.packets, rx_bytes: rx.bytes, drops, outputs })
+    }
+
+    fn output_stats(&self, slots: &Slots, index: usize, output: &Output, slot: u32) -> OutputStats {
+        let tx = self.rule_counter(slots, output_tx(slot as usize));
+        let mut drops = BTreeMap::new();
+        for reason in OutputDropReason::ALL {
+            add(&mut drops, reason.name(), self.rule_counter(slots, output_drop(slot as usize, *reason)).packets);
+        }
+        let to = match (output.to, output.port) {
+            (None, None) => "keep".into(),
+            (None, Some(port)) => format!(":{port}"),
+            (Some(to), None) => to.to_string(),
+            (Some(to), Some(port)) => std::net::SocketAddr::new(to, port).to_string(),
+        };
+        OutputStats { index: index as u32, egress: output.egress.clone(), to, tx_packets: tx.packets, tx_bytes: tx.bytes, drops }
+    }
+
+    fn frames(&self) -> FrameStats {
+        let all = self.fleet.slots.iter().filter_map(|slot| slot.status.frames());
+        all.fold(FrameStats::default(), |a, b| FrameStats {
+            total: a.total + b.total,
+            free: a.free + b.free,
+            fill: a.fill + b.fill,
+            rx: a.rx + b.rx,
+            egress: a.egress + b.egress,
+            returning: a.returning + b.returning,
+            tx: a.tx + b.tx,
+            completion: a.completion + b.completion,
+            hand: a.hand + b.hand,
+            kernel: a.kernel + b.kernel,
+            lost_invalid: a.lost_invalid + b.lost_invalid,
+        })
+    }
+
+    /// Keeps the totals of rules that the next book does not have.
+    pub fn retire(&mut self, next: &super::book::Book) {
+        let gone: Vec<Rule> = self
+            .book
+            .set
+            .rules()
+            .iter()
+            .filter(|rule| self.book.slots(&rule.id).map(|slots| (slots.slot, slots.serial)) != next.slots(&rule.id).map(|slots| (slots.slot, slots.serial)))
+            .cloned()
+            .collect();
+        for rule in gone {
+            let Some(stats) = self.rule_stats(&rule) else { continue };
+            let entry = self.retired.entry(rule.ingress.clone()).or_default();
+            entry[0] += stats.rx_packets;
+            entry[1] += stats.rx_bytes;
+            for output in stats.outputs {
+                let entry = self.retired.entry(output.egress).or_default();
+                entry[2] += output.tx_packets;
+                entry[3] += output.tx_bytes;
+            }
+        }
+    }
+
+    /// `relay rule save`: atomically, to the file named or to `--config`.
+    pub fn save(&self, file: Option<String>) -> Result<String, RunError> {
+        let path = file.map(std::path::PathBuf::from).or_else(|| self.options.config.clone());
+        let path = path.ok_or_else(|| RunError::bad("FILE", "no file named, and the relay runs without --config", "name a file"))?;
+        let text = crate::config::write(self.book.set.rules());
+        let failed = |error: std::io::Error| RunError::bad("FILE", format!("{}: {error}", path.display()), "name a file in a directory the relay may write");
+        let temporary = path.with_extension("toml.new");
+        std::fs::write(&temporary, text).map_err(failed)?;
+        std::fs::rename(&temporary, &path).map_err(failed)?;
+        Ok(path.display().to_string())
+    }
+}
+
+fn interface_info(port: &Port) -> InterfaceInfo {
+    InterfaceInfo {
+        name: port.name.clone(),
+        backend: port.backend.into(),
+        reason: port.reason.clone(),
+        driver: port.facts.driver.clone().unwrap_or_default(),
+        queues: port.sockets.len() as u32,
+        ingress: port.ingress,
+        egress: port.egress,
+    }
+}

@@ -1,0 +1,274 @@
+//! From the set in force to the next one, without losing a packet of a rule that stays (DECISIONS §5).
+//!
+//! ```text
+//! Replacing ─ all workers forward, with the new ports ─▶ publish E+1 (old ∪ new) ─▶ Publishing
+//! Publishing ─ all have acknowledged E+1 ─▶ joins, XDP tables ─▶ publish E+2 (new) if rules leave ─▶ Clearing
+//! Clearing ─ all have acknowledged E+2 ─▶ done: the answer goes out
+//! ```
+//! Nothing waits here: the loop calls [`Supervisor::advance`] until the update is done. Must never leave half an update:
+//! everything that can be refused is checked before the first change.
+
+use super::book::Book;
+use super::engine::Supervisor;
+use super::error::RunError;
+use super::joins::Join;
+use super::ports::{self, Maker, Way};
+use super::view::View;
+use crate::control::message::Response;
+use crate::control::server::ClientToken;
+use crate::nic::afxdp::program::{Program, ProgramError};
+use crate::plan::records::{RulesSegment, Snapshot};
+use crate::rule::Rule;
+use crate::rule::compile::{Compiled, MapChange, diff};
+use crate::rule::set::RuleSet;
+use relay_common::IngressConfig;
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+/// A worker that has not taken an epoch after this time is replaced.
+const ACK_LIMIT: Duration = Duration::from_millis(500);
+/// Between taking a source set out of use and deleting it: longer than any packet stays in the XDP program.
+const GRACE: Duration = Duration::from_millis(100);
+
+/// How far an update has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Workers are being replaced (or started).
+    Replacing,
+    /// Waiting for the acknowledgement of old ∪ new.
+    Publishing,
+    /// Waiting for the acknowledgement of new.
+    Clearing,
+}
+
+/// An update under way.
+pub struct Update {
+    book: Book,
+    compiled: Compiled,
+    stage: Stage,
+    since: Instant,
+    client: Option<ClientToken>,
+    answer: Response,
+}
+
+impl Supervisor {
+    /// Checks a new set and starts to bring it in force. Nothing has changed if this fails.
+    pub fn begin(&mut self, set: RuleSet, client: Option<ClientToken>, answer: Response) -> Result<(), RunError> {
+        self.known = ports::known(&mut self.interfaces)?;
+        ports::check_interfaces(set.rules(), &self.known)?;
+        let needs = ports::needs(set.rules(), &self.options);
+        let locks = self.locks_for(set.rules())?;
+        let mut maker = Maker { options: &self.options, program: self.program.as_mut(), no_program: &self.no_program, umems: &self.umems };
+        let changed = maker.ensure(&mut self.ports, &needs, &self.known)?;
+        let book = self.book.with(set, self.epoch + 1)?;
+        let view = View::new(&self.ports, &self.known, &mut self.interfaces);
+        let compiled = book.compile(&view, &self.compiled)?;
+        let mut view = view;
+        RulesSegment::check(&book.snapshot(self.epoch + 1, &mut view, Some(&self.book))).map_err(|error| RunError::bad("rules", error, ""))?;
+        self.locks.extend(locks);
+        let update = Update { book, compiled, stage: Stage::Replacing, since: Instant::now(), client, answer };
+        if changed && self.live {
+            self.fleet.replace_all();
+        }
+        self.update = Some(update);
+        self.advance();
+        Ok(())
+    }
+
+    fn locks_for(&self, rules: &[Rule]) -> Result<Vec<(u32, super::locks::Lock)>, RunError> {
+        let wanted: BTreeSet<(u32, &str)> =
+            rules.iter().filter_map(|rule| self.known.get(&rule.ingress)).map(|interface| (interface.ifindex, interface.name.as_str())).collect();
+        let missing = wanted.into_iter().filter(|(ifindex, _)| !self.locks.iter().any(|(held, _)| held == ifindex));
+        missing.map(|(ifindex, name)| super::locks::take(ifindex, name).map(|lock| (ifindex, lock))).collect()
+    }
+
+    /// Takes the update under way as far as it goes now.
+    pub fn advance(&mut self) {
+        let Some(mut update) = self.update.take() else { return };
+        match self.step(&mut update) {
+            Ok(true) => self.finish(update),
+            Ok(false) => self.update = Some(update),
+            Err(error) => self.abandon(update, &error),
+        }
+    }
+
+    /// One step; true when the update is done.
+    fn step(&mut self, update: &mut Update) -> Result<bool, RunError> {
+        match update.stage {
+            Stage::Replacing => self.step_replacing(update),
+            Stage::Publishing => self.step_publishing(update),
+            Stage::Clearing => Ok(self.acked(update)),
+        }
+    }
+
+    fn step_replacing(&mut self, update: &mut Update) -> Result<bool, RunError> {
+        if self.fleet.settled() {
+            self.live = true;
+            self.publish(&update.book, true)?;
+            (update.stage, update.since) = (Stage::Publishing, Instant::now());
+        }
+        Ok(false)
+    }
+
+    fn step_publishing(&mut self, update: &mut Update) -> Result<bool, RunError> {
+        if !self.acked(update) {
+            return Ok(false);
+        }
+        self.take_live()?;
+        self.set_joins(update.book.set.rules());
+        let steps = diff(&self.compiled, &update.compiled);
+        self.apply_tables(steps)?;
+        self.compiled = update.compiled.clone();
+        if !self.leaves(&update.book) {
+            return Ok(true);
+        }
+        self.publish(&update.book, false)?;
+        (update.stage, update.since) = (Stage::Clearing, Instant::now());
+        Ok(false)
+    }
+
+    fn acked(&mut self, update: &mut Update) -> bool {
+        let acked = self.fleet.settled() && self.fleet.all_acked(self.epoch);
+        if !acked && update.since.elapsed() > ACK_LIMIT {
+            self.fleet.kill_laggards(self.epoch);
+            update.since = Instant::now();
+        }
+        acked
+    }
+
+    /// Whether rules of the book in force are not in the next one.
+    fn leaves(&self, next: &Book) -> bool {
+        self.book.set.rules().iter().any(|rule| {
+            let slot = |book: &Book| book.slots(&rule.id).map(|slots| (slots.slot, slots.serial));
+            slot(&self.book) != slot(next)
+        })
+    }
+
+    /// Writes the snapshot of a book (with the rules in force that it leaves out, if asked) and puts it in force.
+    fn publish(&mut self, book: &Book, with_leaving: bool) -> Result<(), RunError> {
+        let mut view = View::new(&self.ports, &self.known, &mut self.interfaces);
+        let snapshot = book.snapshot(self.epoch + 1, &mut view, with_leaving.then_some(&self.book));
+        self.put_in_force(snapshot)
+    }
+
+    pub(super) fn put_in_force(&mut self, snapshot: Snapshot) -> Result<(), RunError> {
+        self.segment.publish(&snapshot).map_err(|error| RunError::failure(format!("publishing the rules: {error}")))?;
+        self.epoch = snapshot.epoch;
+        self.published = snapshot;
+        self.fleet.ring();
+        Ok(())
+    }
+
+    /// Hands every AF_XDP ingress port's queues to its sockets.
+    fn take_live(&mut self) -> Result<(), RunError> {
+        let Some(program) = self.program.as_mut() else { return Ok(()) };
+        for (number, port) in self.ports.list().iter().enumerate().filter(|(_, port)| port.ingress && port.way == Way::Xsk) {
+            ports::go_live(program, number, port).map_err(RunError::failure)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn set_joins(&mut self, rules: &[Rule]) {
+        let wanted: BTreeSet<Join> = rules.iter().filter_map(|rule| join_of(rule, self.known.get(&rule.ingress)?.ifindex)).collect();
+        for (join, error) in self.joins.set(&wanted) {
+            tracing::warn!(group = %join.group, ifindex = join.ifindex, %error, "join refused");
+        }
+    }
+
+    fn apply_tables(&mut self, steps: Vec<MapChange>) -> Result<(), RunError> {
+        let numbers: Vec<(u32, u32)> = self
+            .ports
+            .list()
+            .iter()
+            .enumerate()
+            .filter(|(_, port)| port.way == Way::Xsk)
+            .map(|(number, port)| (port.facts.ifindex, number as u32))
+            .collect();
+        let Some(program) = self.program.as_mut() else { return Ok(()) };
+        let mut steps = steps.into_iter();
+        for step in steps.by_ref() {
+            if step == MapChange::Settle {
+                break;
+            }
+            apply(program, &numbers, &step).map_err(RunError::failure)?;
+        }
+        let later: Vec<MapChange> = steps.collect();
+        if !later.is_empty() {
+            self.deferred.push((Instant::now() + GRACE, later));
+        }
+        Ok(())
+    }
+
+    /// Deletes what nobody reads any more.
+    pub fn run_deferred(&mut self, now: Instant) {
+        let Some(program) = self.program.as_mut() else { return };
+        let (due, later) = std::mem::take(&mut self.deferred).into_iter().partition(|(at, _)| now >= *at);
+        self.deferred = later;
+        let due: Vec<(Instant, Vec<MapChange>)> = due;
+        for step in due.iter().flat_map(|(_, steps)| steps) {
+            if let Err(error) = apply(program, &[], step) {
+                tracing::warn!(%error, "deleting an unused source set");
+            }
+        }
+    }
+
+    fn finish(&mut self, update: Update) {
+        self.retire(&update.book);
+        self.book = update.book;
+        tracing::info!(rules = self.book.set.rules().len(), epoch = self.epoch, "rules in force");
+        if let Some(client) = update.client {
+            self.server.reply(client, &update.answer);
+        }
+        if !self.announced {
+            self.announced = true;
+            tracing::info!(socket = %self.server.path().display(), "relay forwards");
+        }
+    }
+
+    /// An update that failed half-way: the tables and rules in force before are put back.
+    fn abandon(&mut self, update: Update, error: &RunError) {
+        tracing::error!(%error, "update failed: going back to the rules before");
+        let steps = diff(&update.compiled, &self.compiled);
+        if let Some(program) = self.program.as_mut() {
+            for step in &steps {
+                // Entries that were never made can't be deleted; that is all that may fail here.
+                let _ = apply(program, &[], step);
+            }
+        }
+        let book = self.book.clone();
+        if let Err(error) = self.publish(&book, false) {
+            tracing::error!(%error, "putting the rules before back");
+        }
+        if let Some(client) = update.client {
+            self.server.reply(client, &Response::Error(error.body()));
+        }
+        if !self.announced {
+            self.fatal = Some(error.clone());
+        }
+    }
+}
+
+/// The membership a rule needs, if it needs one.
+pub fn join_of(rule: &Rule, ifindex: u32) -> Option<Join> {
+    let group = rule.matching.group;
+    let single = group.len == if group.addr.is_ipv4() { 32 } else { 128 };
+    let source = rule.matching.source.filter(|source| source.len == if source.addr.is_ipv4() { 32 } else { 128 });
+    (rule.join && single && group.addr.is_multicast()).then_some(Join { ifindex, group: group.addr, source: source.map(|source| source.addr) })
+}
+
+fn apply(program: &mut Program, slots: &[(u32, u32)], step: &MapChange) -> Result<(), ProgramError> {
+    match step {
+        MapChange::SourcePut(len, key, verdict) => program.insert_source(key, *len, verdict),
+        MapChange::EntryPut(key, entry) => program.insert_match(key, entry),
+        MapChange::IngressPut(ifindex, shapes) => {
+            let slot = slots.iter().find(|(own, _)| own == ifindex).map_or(0, |(_, slot)| *slot);
+            let mut config = IngressConfig { slot, shape_count: shapes.len() as u32, ..IngressConfig::default() };
+            config.shapes.iter_mut().zip(shapes).for_each(|(to, from)| *to = *from);
+            program.set_ingress(*ifindex, &config)
+        }
+        MapChange::IngressDelete(ifindex) => program.remove_ingress(*ifindex),
+        MapChange::EntryDelete(key) => program.remove_match(key),
+        MapChange::Settle => Ok(()),
+        MapChange::SourceDelete(len, key) => program.remove_source(key, *len),
+    }
+}

@@ -1,0 +1,144 @@
+//! Starting and watching processes: memfds, pidfds, exec of a held descriptor as another user, signals.
+//!
+//! Must never decide who runs as whom. The supervisor is single-threaded when it forks (DECISIONS §16), so the child may
+//! use plain system calls until exec; it allocates nothing.
+#![expect(unsafe_code, reason = "fork, execveat, prctl, capset, pidfd_open")]
+
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
+use std::ffi::{CStr, CString};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+/// What the child becomes.
+#[derive(Debug)]
+pub struct Spawn<'a> {
+    /// Executable, opened O_PATH (or a sealed memfd).
+    pub executable: BorrowedFd<'a>,
+    /// argv.
+    pub arguments: &'a [CString],
+    /// The whole environment.
+    pub environment: &'a [CString],
+    /// User and group to become; `None`: stay (a user namespace with one uid).
+    pub user: Option<(u32, u32)>,
+    /// Standard error of the child.
+    pub stderr: BorrowedFd<'a>,
+    /// Descriptors the child keeps, under the same numbers.
+    pub inherit: &'a [RawFd],
+    /// Where stdin and stdout point.
+    pub null: BorrowedFd<'a>,
+}
+
+/// A child process.
+#[derive(Debug)]
+pub struct Child {
+    /// Process id.
+    pub pid: u32,
+    /// Readable once it is dead.
+    pub pidfd: OwnedFd,
+}
+
+fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
+    strings.iter().map(|s| s.as_ptr()).chain(std::iter::once(std::ptr::null())).collect()
+}
+
+/// Forks and executes. The error of a failed exec shows as exit status 127 with a line on the child's stderr.
+pub fn spawn(spawn: &Spawn<'_>) -> Result<Child, Errno> {
+    let argv = pointers(spawn.arguments);
+    let envp = pointers(spawn.environment);
+    // SAFETY: this process has one thread (file header), and the child only makes system calls until it execs or exits.
+    let pid = Errno::result(unsafe { libc::fork() })?;
+    if pid == 0 {
+        become_child(spawn, &argv, &envp);
+    }
+    // SAFETY: pidfd_open has no memory arguments.
+    let raw = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    let pidfd = Errno::result(raw as i32)?;
+    // SAFETY: the descriptor is new and nobody else's.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    Ok(Child { pid: pid as u32, pidfd })
+}
+
+/// `struct __user_cap_header_struct` and two empty `__user_cap_data_struct` (version 3).
+fn clear_capabilities() -> i64 {
+    let header: [u32; 2] = [0x2008_0522, 0];
+    let data = [0u32; 6];
+    // SAFETY: both arrays have the kernel's layout and live through the call.
+    unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), data.as_ptr()) }
+}
+
+fn change_user(uid: u32, gid: u32) -> bool {
+    // SAFETY: an empty group list needs no memory.
+    let groups = unsafe { libc::setgroups(0, std::ptr::null()) };
+    // SAFETY: no memory arguments.
+    let group = unsafe { libc::setresgid(gid, gid, gid) };
+    // SAFETY: no memory arguments.
+    let user = unsafe { libc::setresuid(uid, uid, uid) };
+    groups == 0 && group == 0 && user == 0
+}
+
+fn keep_open(fd: RawFd) -> bool {
+    // SAFETY: fcntl(F_SETFD) has no memory arguments.
+    unsafe { libc::fcntl(fd, libc::F_SETFD, 0) == 0 }
+}
+
+fn standard(fd: RawFd, target: RawFd) -> bool {
+    // SAFETY: dup2 has no memory arguments.
+    unsafe { libc::dup2(fd, target) == target }
+}
+
+fn no_new_privileges() -> bool {
+    // SAFETY: prctl with integer arguments only.
+    unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 }
+}
+
+fn unblock_signals() {
+    let set = nix::sys::signal::SigSet::empty();
+    // A child inherits the supervisor's blocked signals (it uses a signalfd); failing leaves them blocked, which only delays SIGTERM.
+    let _ = nix::sys::signal::sigprocmask(nix::sys::signal::SigmaskHow::SIG_SETMASK, Some(&set), None);
+}
+
+fn become_child(spawn: &Spawn<'_>, argv: &[*const libc::c_char], envp: &[*const libc::c_char]) -> ! {
+    unblock_signals();
+    let null = spawn.null.as_raw_fd();
+    let ready = standard(null, 0)
+        && standard(null, 1)
+        && standard(spawn.stderr.as_raw_fd(), 2)
+        && spawn.inherit.iter().all(|fd| keep_open(*fd))
+        && spawn.user.is_none_or(|(uid, gid)| change_user(uid, gid))
+        && clear_capabilities() == 0
+        && no_new_privileges();
+    if ready {
+        exec(spawn.executable.as_raw_fd(), argv, envp);
+    }
+    fail(c"worker: could not be set up or executed\n");
+}
+
+fn exec(fd: RawFd, argv: &[*const libc::c_char], envp: &[*const libc::c_char]) {
+    // SAFETY: argv and envp are null-terminated arrays of C strings that live until exec replaces them.
+    unsafe { libc::syscall(libc::SYS_execveat, fd, c"".as_ptr(), argv.as_ptr(), envp.as_ptr(), libc::AT_EMPTY_PATH) };
+}
+
+fn fail(message: &CStr) -> ! {
+    // SAFETY: the message is valid for its length.
+    unsafe { libc::write(2, message.as_ptr().cast(), message.count_bytes()) };
+    // SAFETY: ends the process at once, without running destructors of the parent's state.
+    unsafe { libc::_exit(127) }
+}
+
+/// Sends a signal through a pidfd (no reuse of process ids).
+pub fn signal(pidfd: BorrowedFd<'_>, signal: Signal) -> Result<(), Errno> {
+    // SAFETY: no memory is passed (siginfo is null).
+    let result = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal as i32, std::ptr::null::<u8>(), 0) };
+    Errno::result(result as i32).map(drop)
+}
+
+/// Takes ownership of a descriptor this process inherited under a number that its parent has told it. Becomes close-on-exec.
+pub fn inherited(fd: RawFd) -> Result<OwnedFd, Errno> {
+    if fd < 3 {
+        return Err(Errno::EBADF);
+    }
+    // SAFETY: fcntl(F_SETFD) has no memory arguments; EBADF where there is no such descriptor.
+    Errno::result(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    // SAFETY: the descriptor is open; each number stands for one thing in the manifest, so it is taken once.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

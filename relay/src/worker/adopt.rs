@@ -1,0 +1,232 @@
+//! From inherited descriptors to a data path that is ready to recover: the Boot state.
+//!
+//! Each failure is one line that names the variable, the descriptor or the call. Must never trust a descriptor before
+//! its seals, size and magic have been checked.
+
+use super::ledger::Ledger;
+use super::port::{AnyReceive, AnyTransmit};
+use crate::datapath::egress::{Egress, EgressPort, PortState};
+use crate::datapath::held::HeldMap;
+use crate::datapath::ingress::{Ingress, IngressParts, IngressPort};
+use crate::datapath::journal::Journal;
+use crate::frame::{FRAME_SIZE, Pool, RawDesc, Umem};
+use crate::nic::afpacket::{DEFAULT_DEPTH, PacketReceive, PacketTransmit};
+use crate::nic::afxdp::{self, port::AdoptError};
+use crate::plan::manifest::{CONTROL_LEN, Control, LAYOUT_VERSION, Manifest, ManifestError, PortKind, PortManifest};
+use crate::plan::records::{RULES_LEN, RecordsError, RulesSegment};
+use crate::plan::status::{STATUS_LEN, StatusPage};
+use crate::plan::work::WorkLayout;
+use crate::ring::{self, Consumer, Memory, Producer, RingError};
+use crate::sys::shared::OutOfMapping;
+use crate::sys::{Mapping, SharedArray, SharedWord, memfd};
+use bytemuck::Pod;
+use nix::errno::Errno;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Release};
+
+/// Why a worker could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// An environment variable is missing or has no `fd:N` in it.
+    #[error("{variable}: {problem} (workers are started by `relay run`)")]
+    Variable {
+        /// The variable.
+        variable: &'static str,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A descriptor is not what the manifest says.
+    #[error("descriptor {fd} ({role}): {errno}")]
+    Descriptor {
+        /// What it should be.
+        role: &'static str,
+        /// Its number.
+        fd: i32,
+        /// Why not.
+        errno: Errno,
+    },
+    /// The manifest can't be read.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// The manifest is of another build.
+    #[error("manifest has layout version {0}, this program speaks {LAYOUT_VERSION}")]
+    Version(u32),
+    /// The rules segment can't be read.
+    #[error(transparent)]
+    Records(#[from] RecordsError),
+    /// A port can't be adopted.
+    #[error("port {name}: {error}")]
+    Port {
+        /// Interface.
+        name: String,
+        /// Why.
+        error: AdoptError,
+    },
+    /// A ring of ours is corrupt.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// A segment is too small.
+    #[error(transparent)]
+    Layout(#[from] OutOfMapping),
+}
+
+/// A worker that has everything but has not started.
+pub struct Adopted {
+    /// What the supervisor wants.
+    pub manifest: Manifest,
+    /// Commands of the supervisor.
+    pub control: Control,
+    /// What the worker reports.
+    pub status: StatusPage,
+    /// The rules.
+    pub rules: RulesSegment,
+    /// Ingress side.
+    pub ingress: Ingress<AnyReceive>,
+    /// Egress side.
+    pub egress: Egress<AnyTransmit>,
+    /// Where the frames are.
+    pub ledger: Ledger,
+    /// EOF on it is the supervisor's death.
+    pub life: OwnedFd,
+}
+
+/// Reads the environment of the process.
+pub fn from_environment() -> Result<Adopted, BootError> {
+    let control = descriptor_variable("RELAY_CONTROL_CHANNEL")?;
+    let status = descriptor_variable("RELAY_STATUS_CHANNEL")?;
+    adopt(control, status)
+}
+
+fn descriptor_variable(variable: &'static str) -> Result<OwnedFd, BootError> {
+    let bad = |problem: String| BootError::Variable { variable, problem };
+    let text = std::env::var(variable).map_err(|_| bad("not set".into()))?;
+    let number = text.strip_prefix("fd:").and_then(|number| number.parse::<i32>().ok());
+    let number = number.ok_or_else(|| bad(format!("`{text}` is not fd:N")))?;
+    crate::sys::process::inherited(number).map_err(|errno| bad(format!("descriptor {number}: {errno}")))
+}
+
+fn inherited(role: &'static str, fd: i32) -> Result<OwnedFd, BootError> {
+    crate::sys::process::inherited(fd).map_err(|errno| BootError::Descriptor { role, fd, errno })
+}
+
+fn segment(role: &'static str, fd: i32, len: usize, writable: bool) -> Result<Arc<Mapping>, BootError> {
+    let owned = inherited(role, fd)?;
+    memfd::join(&owned, len, writable).map_err(|errno| BootError::Descriptor { role, fd, errno })
+}
+
+fn adopt(control: OwnedFd, status: OwnedFd) -> Result<Adopted, BootError> {
+    use std::os::fd::AsRawFd;
+    let join = |role, fd: &OwnedFd, len, writable| {
+        memfd::join(fd, len, writable).map_err(|errno| BootError::Descriptor { role, fd: fd.as_raw_fd(), errno })
+    };
+    let control = Control::join(join("control segment", &control, CONTROL_LEN, false)?)?;
+    let manifest = control.manifest()?;
+    if manifest.version != LAYOUT_VERSION {
+        return Err(BootError::Version(manifest.version));
+    }
+    let status = StatusPage::new(&join("status segment", &status, STATUS_LEN, true)?)?;
+    status.initialise();
+    let layout = WorkLayout::new(manifest.frame_count, manifest.egress_capacity);
+    let umem_len = manifest.frame_count as usize * FRAME_SIZE as usize;
+    let umem = segment("UMEM", manifest.umem_fd, umem_len, true)?;
+    let umem = Arc::new(Umem::new(Arc::into_inner(umem).ok_or(BootError::Descriptor { role: "UMEM", fd: manifest.umem_fd, errno: Errno::EBUSY })?));
+    let work = segment("work segment", manifest.work_fd, layout.len, true)?;
+    let rules = RulesSegment::join(&segment("rules segment", manifest.rules_fd, RULES_LEN, false)?)?;
+    let life = inherited("life socket", manifest.life_fd)?;
+    initialise(&work, &layout, &manifest)?;
+    let held = SharedArray::new(&work, layout.held, manifest.frame_count as usize)?;
+    let held_by_senders = SharedArray::new(&work, layout.held_by_senders(manifest.frame_count), manifest.frame_count as usize)?;
+    let mut parts = Parts {
+        umem: Arc::clone(&umem),
+        held: held.clone(),
+        held_by_senders: held_by_senders.clone(),
+        receive: Vec::new(),
+        transmit: Vec::new(),
+        egress: Vec::new(),
+        ledgers: Vec::new(),
+    };
+    for (number, port) in manifest.ports.iter().enumerate() {
+        parts.adopt_port(&work, &layout, number, port)?;
+    }
+    let ledger = Ledger::new(&work, &layout, manifest.frame_count, parts.ledgers)?;
+    let memory: Arc<dyn Memory> = Arc::<Mapping>::clone(&work);
+    let ingress = Ingress::new(IngressParts {
+        umem,
+        pool: Pool::attach(&work, layout.pool, manifest.frame_count)?,
+        journal: Journal::attach(&work, layout.ingress_journal)?,
+        ports: parts.receive,
+        egress: parts.egress,
+        returns: Consumer::attach(Arc::clone(&memory), layout.return_ring)?,
+        counters: status.ingress.clone(),
+        held: HeldMap::new(held),
+        held_by_senders: HeldMap::new(held_by_senders),
+    });
+    let egress = Egress::new(Journal::attach(&work, layout.egress_journal)?, parts.transmit, Producer::attach(memory, layout.return_ring)?);
+    Ok(Adopted { manifest, control, status, rules, ingress, egress, ledger, life })
+}
+
+/// Fills a fresh work segment; leaves one that a predecessor has used as it is, but for rings of ports it did not have.
+fn initialise(work: &Arc<Mapping>, layout: &WorkLayout, manifest: &Manifest) -> Result<(), BootError> {
+    let used = SharedWord::new(work, 0)?;
+    if used.load(Acquire) == 0 {
+        Pool::attach(work, layout.pool, manifest.frame_count)?.fill(manifest.frame_count);
+        ring::init::<u64>(work.as_ref(), layout.return_ring, manifest.frame_count)?;
+        used.store(1, Release);
+    }
+    for number in 0..manifest.ports.len() {
+        ensure_ring::<RawDesc>(work, layout.egress_ring(number), layout.egress_capacity)?;
+    }
+    Ok(())
+}
+
+fn ensure_ring<T: Pod>(work: &Arc<Mapping>, offset: usize, capacity: u32) -> Result<(), RingError> {
+    match Consumer::<T>::attach(Arc::<Mapping>::clone(work), offset) {
+        Err(RingError::Magic(0)) => ring::init::<T>(work.as_ref(), offset, capacity),
+        other => other.map(drop),
+    }
+}
+
+struct Parts {
+    umem: Arc<Umem>,
+    held: SharedArray<u8>,
+    held_by_senders: SharedArray<u8>,
+    receive: Vec<IngressPort<AnyReceive>>,
+    transmit: Vec<EgressPort<AnyTransmit>>,
+    egress: Vec<Option<Producer<RawDesc>>>,
+    ledgers: Vec<afxdp::ledger::PortLedger>,
+}
+
+impl Parts {
+    fn adopt_port(&mut self, work: &Arc<Mapping>, layout: &WorkLayout, number: usize, port: &PortManifest) -> Result<(), BootError> {
+        let (receive, transmit) = match port.kind {
+            PortKind::Xsk => self.adopt_xsk(port)?,
+            PortKind::Packet => self.adopt_packet(port)?,
+        };
+        if port.ingress {
+            self.receive.push(IngressPort { receive, number, ifindex: port.ifindex });
+        }
+        let memory: Arc<dyn Memory> = Arc::<Mapping>::clone(work);
+        let ring = Consumer::attach(Arc::clone(&memory), layout.egress_ring(number))?;
+        self.transmit.push(EgressPort { transmit, ring, number, state: PortState::default() });
+        self.egress.push(if port.egress { Some(Producer::attach(memory, layout.egress_ring(number))?) } else { None });
+        Ok(())
+    }
+
+    fn adopt_packet(&self, port: &PortManifest) -> Result<(AnyReceive, AnyTransmit), BootError> {
+        let receive = inherited("receiving AF_PACKET socket", port.receive_fd)?;
+        let send = inherited("sending AF_PACKET socket", port.send_fd)?;
+        let failed = |errno| BootError::Descriptor { role: "receiving AF_PACKET socket", fd: port.receive_fd, errno };
+        let receive = PacketReceive::open(receive, &self.umem, DEFAULT_DEPTH, self.held.clone()).map_err(failed)?;
+        let transmit = PacketTransmit::open(send, &self.umem, DEFAULT_DEPTH, self.held_by_senders.clone());
+        Ok((AnyReceive::Packet(receive), AnyTransmit::Packet(transmit)))
+    }
+
+    fn adopt_xsk(&mut self, port: &PortManifest) -> Result<(AnyReceive, AnyTransmit), BootError> {
+        let fd = inherited("AF_XDP socket", port.receive_fd)?;
+        let failed = |error| BootError::Port { name: port.name.clone(), error };
+        self.ledgers.push(afxdp::ledger::PortLedger::open(&fd, port.sizes).map_err(failed)?);
+        let (receive, transmit) = afxdp::adopt(Arc::new(fd), port.sizes, port.depth).map_err(failed)?;
+        Ok((AnyReceive::Xsk(receive), AnyTransmit::Xsk(transmit)))
+    }
+}

@@ -1,0 +1,142 @@
+//! The ports a worker can have, behind one type each for receiving and sending (chosen once a batch, not once a packet).
+//!
+//! Must never hold logic of its own.
+
+use crate::frame::{Frame, Pool, RawDesc, Umem};
+use crate::nic::afpacket::{PacketReceive, PacketTransmit};
+use crate::nic::afxdp::{XskReceive, XskTransmit};
+use crate::nic::{BATCH_DESCS, BATCH_LEN, Batch, Kick, Receive, ReceiveCounters, Transmit};
+use crate::sys::SharedArray;
+use arrayvec::ArrayVec;
+use nix::errno::Errno;
+use std::os::fd::{AsFd, BorrowedFd};
+
+/// Any receiving half.
+#[derive(Debug)]
+pub enum AnyReceive {
+    /// AF_XDP.
+    Xsk(XskReceive),
+    /// AF_PACKET.
+    Packet(PacketReceive<SharedArray<u8>>),
+}
+
+/// Any sending half.
+#[derive(Debug)]
+pub enum AnyTransmit {
+    /// AF_XDP.
+    Xsk(XskTransmit),
+    /// AF_PACKET.
+    Packet(PacketTransmit<SharedArray<u8>>),
+}
+
+macro_rules! each {
+    ($self:expr, $port:ident => $call:expr) => {
+        match $self {
+            Self::Xsk($port) => $call,
+            Self::Packet($port) => $call,
+        }
+    };
+}
+
+impl AnyReceive {
+    /// What to poll for packets.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        each!(self, port => port.as_fd())
+    }
+
+    /// Reads the counters that cost a system call, and returns all.
+    pub fn housekeeping(&mut self) -> ReceiveCounters {
+        if let Self::Packet(port) = self {
+            port.housekeeping();
+        }
+        self.counters()
+    }
+}
+
+impl Receive for AnyReceive {
+    fn survives(&self) -> bool {
+        each!(self, port => port.survives())
+    }
+
+    fn receive(&mut self, umem: &Umem, max: usize, batch: &mut Batch, spare: &mut ArrayVec<Frame, BATCH_DESCS>) {
+        each!(self, port => port.receive(umem, max, batch, spare));
+    }
+
+    fn release(&mut self) {
+        each!(self, port => port.release());
+    }
+
+    fn position(&self) -> u32 {
+        each!(self, port => port.position())
+    }
+
+    fn standing(&self) -> u32 {
+        each!(self, port => port.standing())
+    }
+
+    fn stage_refill(&mut self, umem: &Umem, pool: &Pool, max: u32) -> u32 {
+        each!(self, port => port.stage_refill(umem, pool, max))
+    }
+
+    fn refill_position(&self) -> u32 {
+        each!(self, port => port.refill_position())
+    }
+
+    fn publish_refill(&mut self, count: u32) {
+        each!(self, port => port.publish_refill(count));
+    }
+
+    fn depth(&self) -> u32 {
+        each!(self, port => port.depth())
+    }
+
+    fn counters(&self) -> ReceiveCounters {
+        each!(self, port => port.counters())
+    }
+}
+
+impl Transmit for AnyTransmit {
+    fn survives(&self) -> bool {
+        each!(self, port => port.survives())
+    }
+
+    fn free(&mut self) -> u32 {
+        each!(self, port => port.free())
+    }
+
+    fn put(&mut self, desc: RawDesc) {
+        each!(self, port => port.put(desc));
+    }
+
+    fn publish(&mut self) {
+        each!(self, port => port.publish());
+    }
+
+    fn kick(&mut self) -> Result<Kick, Errno> {
+        each!(self, port => port.kick())
+    }
+
+    fn reap(&mut self, out: &mut ArrayVec<u64, BATCH_LEN>) {
+        each!(self, port => port.reap(out));
+    }
+
+    fn reaped(&mut self, count: u32) {
+        each!(self, port => port.reaped(count));
+    }
+
+    fn position(&self) -> u32 {
+        each!(self, port => port.position())
+    }
+
+    fn reap_position(&self) -> u32 {
+        each!(self, port => port.reap_position())
+    }
+
+    fn outstanding(&self) -> u32 {
+        each!(self, port => port.outstanding())
+    }
+
+    fn failed(&self) -> u64 {
+        each!(self, port => port.failed())
+    }
+}

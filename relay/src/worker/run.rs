@@ -1,0 +1,368 @@
+//! The Run state: recover → prime → turns with housekeeping → drain → halt, fused (one thread) or split (two).
+//!
+//! Housekeeping happens when due, never per packet: new epoch, command, heartbeat, supervisor's death. Must never wait
+//! without a bound.
+
+use super::adopt::Adopted;
+use super::ledger::Ledger;
+use super::port::{AnyReceive, AnyTransmit};
+use super::snapshot;
+use super::wait::{self, Life, WaitPolicy};
+use crate::datapath::egress::Egress;
+use crate::datapath::ingress::Ingress;
+use crate::datapath::table::Table;
+use crate::nic::ReceiveCounters;
+use crate::plan::counters::{Counter, output_range, port_drop, rule_range};
+use crate::plan::fate::DropReason;
+use crate::plan::manifest::{COMMAND_DRAIN, COMMAND_RUN, Control, Manifest};
+use crate::plan::records::{RecordsError, RulesSegment};
+use crate::plan::status::{STATE_BOOT, STATE_FAIL, STATE_HALT, STATE_RUN, StatusPage};
+use crate::sys::SharedArray;
+use nix::time::{ClockId, clock_gettime};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, fence};
+use std::time::{Duration, Instant};
+
+/// Turns between two looks at the clock while packets flow.
+const TURNS_PER_LOOK: u32 = 64;
+/// Between two looks at the life socket.
+const LIFE_PERIOD: Duration = Duration::from_millis(10);
+/// Longest time a drain may take before what is left is given up (it stays in the rings for a successor).
+const DRAIN_LIMIT: Duration = Duration::from_millis(500);
+/// Longest sleep of an idle worker: the life socket is polled anyway, the heartbeat must not be late.
+const MAX_SLEEP: Duration = Duration::from_millis(50);
+
+/// Why a worker gave up.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The rules segment can't be read.
+    #[error(transparent)]
+    Records(#[from] RecordsError),
+    /// A CPU of the manifest can't be used.
+    #[error("cpu {cpu}: {errno} (--cpus)")]
+    Affinity {
+        /// CPU asked for.
+        cpu: usize,
+        /// Why not.
+        errno: nix::errno::Errno,
+    },
+    /// The egress thread could not be started, or panicked.
+    #[error("egress thread: {0}")]
+    Thread(String),
+}
+
+/// Runs an adopted worker to its end.
+pub fn run(adopted: Adopted) -> Result<(), RunError> {
+    let status = adopted.status.clone();
+    status.state.store(STATE_BOOT, Release);
+    status.pid.store(std::process::id(), Release);
+    let result = Worker::start(adopted).and_then(Worker::run);
+    status.state.store(if result.is_ok() { STATE_HALT } else { STATE_FAIL }, Release);
+    result
+}
+
+/// Pins the calling thread and reads the affinity back.
+fn pin(cpu: usize) -> Result<(), RunError> {
+    use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+    use nix::unistd::Pid;
+    let failed = |errno| RunError::Affinity { cpu, errno };
+    let mut set = CpuSet::new();
+    set.set(cpu).map_err(failed)?;
+    sched_setaffinity(Pid::from_raw(0), &set).map_err(failed)?;
+    let now = sched_getaffinity(Pid::from_raw(0)).map_err(failed)?;
+    if now.is_set(cpu).map_err(failed)? { Ok(()) } else { Err(failed(nix::errno::Errno::EINVAL)) }
+}
+
+/// What both threads of a split worker share: the egress thread's pulse and its bed.
+struct Link {
+    stop: AtomicBool,
+    asleep: AtomicBool,
+    turns: AtomicU64,
+    doorbell: OwnedFd,
+}
+
+impl Link {
+    /// Wakes the egress thread if it sleeps. The fence pairs with the one in [`egress_thread`]: either it sees the
+    /// published ring, or we see that it sleeps.
+    fn wake(&self) {
+        fence(SeqCst);
+        if self.asleep.load(Relaxed) {
+            // A full eventfd is awake already.
+            let _ = nix::unistd::write(&self.doorbell, &1u64.to_ne_bytes());
+        }
+    }
+}
+
+enum Pipeline {
+    Fused(Egress<AnyTransmit>),
+    Split(Arc<Link>, std::thread::JoinHandle<Egress<AnyTransmit>>),
+}
+
+struct Worker {
+    manifest: Manifest,
+    control: Control,
+    status: StatusPage,
+    rules: RulesSegment,
+    ingress: Ingress<AnyReceive>,
+    pipeline: Pipeline,
+    ledger: Ledger,
+    life: OwnedFd,
+    table: Table,
+    policy: WaitPolicy,
+    next_beat: Instant,
+    next_life: Instant,
+    orphaned_at: Option<Instant>,
+    egress_turns: u64,
+    port_counters: Vec<ReceiveCounters>,
+}
+
+impl Worker {
+    fn start(adopted: Adopted) -> Result<Self, RunError> {
+        let Adopted { manifest, control, status, rules, mut ingress, mut egress, ledger, life } = adopted;
+        if let Some(cpu) = manifest.cpus.first() {
+            pin(*cpu)?;
+            status.cpu.store(*cpu as u32, Release);
+        }
+        let egress_state = egress.recover();
+        let (ingress_state, replayed) = ingress.recover(|epoch| snapshot::load(&rules, epoch).ok());
+        let standing = egress.standing_frames();
+        let reclaimed = ingress.reclaim(&standing);
+        status.recovered.store(ingress_state | egress_state << 8, Release);
+        status.replayed.store(status.replayed.load(Acquire) + u64::from(replayed), Release);
+        status.reclaimed.store(status.reclaimed.load(Acquire) + u64::from(reclaimed), Release);
+        let table = snapshot::load(&rules, rules.epoch())?;
+        ingress.prime();
+        let period = Duration::from_millis(manifest.heartbeat_ms.max(1));
+        let policy = WaitPolicy::new(manifest.wait, MAX_SLEEP.min(period / 2));
+        let pipeline = if manifest.split { split(&manifest, egress)? } else { Pipeline::Fused(egress) };
+        let now = Instant::now();
+        let mut worker = Self {
+            manifest,
+            control,
+            status,
+            rules,
+            ingress,
+            pipeline,
+            ledger,
+            life,
+            table: Table::default(),
+            policy,
+            next_beat: now,
+            next_life: now,
+            orphaned_at: None,
+            egress_turns: 0,
+            port_counters: Vec::new(),
+        };
+        worker.port_counters = vec![ReceiveCounters::default(); worker.ingress.ports().len()];
+        worker.adopt_table(table);
+        worker.beat();
+        worker.status.state.store(STATE_RUN, Release);
+        Ok(worker)
+    }
+
+    /// Swaps the snapshot: counters of new rules start at 0, then the supervisor is told.
+    fn adopt_table(&mut self, table: Table) {
+        for rule in table.rules() {
+            zero_if_new(&self.status.rule_serials, rule.slot, rule.serial, rule_range(rule.slot as usize), &self.status.ingress);
+            for output in &rule.outputs {
+                let range = output_range(output.slot as usize);
+                zero_if_new(&self.status.output_serials, output.slot, rule.serial, range, &self.status.ingress);
+            }
+        }
+        let epoch = table.epoch();
+        self.table = table;
+        self.status.acked_epoch.store(epoch, Release);
+    }
+
+    fn run(mut self) -> Result<(), RunError> {
+        let mut until_look = TURNS_PER_LOOK;
+        let mut idle_since = None;
+        while self.control.command() == COMMAND_RUN && !self.is_orphaned() {
+            let moved = self.turn(true)?;
+            until_look -= 1;
+            if moved > 0 && until_look > 0 {
+                idle_since = None;
+                continue;
+            }
+            until_look = TURNS_PER_LOOK;
+            let now = Instant::now();
+            if now >= self.next_life {
+                self.housekeeping(now);
+            }
+            if moved == 0 {
+                let since = *idle_since.get_or_insert(now);
+                self.sleep(now - since);
+            } else {
+                idle_since = None;
+            }
+        }
+        self.drain()
+    }
+
+    /// One turn of the ingress side, and of the egress side where it is ours.
+    fn turn(&mut self, receiving: bool) -> Result<usize, RunError> {
+        let epoch = self.rules.epoch();
+        if epoch != self.table.epoch() {
+            self.reload(epoch)?;
+        }
+        let taken = self.ingress.turn(&self.table, receiving);
+        if taken > 0 {
+            self.status.turns.store(self.status.turns.load(Relaxed) + 1, Release);
+        }
+        Ok(match &mut self.pipeline {
+            Pipeline::Fused(egress) => taken + egress.turn(),
+            Pipeline::Split(link, _) => {
+                if taken > 0 {
+                    link.wake();
+                }
+                taken
+            }
+        })
+    }
+
+    fn reload(&mut self, epoch: u32) -> Result<(), RunError> {
+        match snapshot::load(&self.rules, epoch) {
+            Ok(table) => self.adopt_table(table),
+            // Overtaken by the next epoch while reading: the next turn takes that one.
+            Err(RecordsError::Stale(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+
+    fn housekeeping(&mut self, now: Instant) {
+        self.next_life = now + LIFE_PERIOD;
+        if wait::life(&self.life) == Life::Orphaned {
+            self.orphaned_at.get_or_insert(now);
+        }
+        if now >= self.next_beat && self.pulse() {
+            self.next_beat = now + Duration::from_millis(self.manifest.heartbeat_ms.max(1)) / 2;
+            self.beat();
+        }
+    }
+
+    /// Whether the egress thread has made a turn since the last beat (a hung thread must not hide behind the other).
+    fn pulse(&mut self) -> bool {
+        let Pipeline::Split(link, _) = &self.pipeline else { return true };
+        let turns = link.turns.load(Acquire);
+        std::mem::replace(&mut self.egress_turns, turns) != turns
+    }
+
+    fn beat(&mut self) {
+        self.count_port_drops();
+        if let Some(frames) = self.ledger.read() {
+            self.status.set_frames(&frames);
+        }
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
+        self.status.beat_ns.store(now.as_nanos() as u64, Release);
+        self.status.beat.store(self.status.beat.load(Relaxed) + 1, Release);
+    }
+
+    /// Adds what the ports have dropped since the last beat to their counters.
+    fn count_port_drops(&mut self) {
+        let counters = &self.status.ingress;
+        for (port, before) in self.ingress.ports_mut().iter_mut().zip(&mut self.port_counters) {
+            let now = port.receive.housekeeping();
+            let add = |reason, packets: u64| {
+                let index = port_drop(port.number, reason) as usize;
+                let counter = counters.get(index);
+                counters.set(index, Counter { packets: counter.packets + packets, ..counter });
+            };
+            add(DropReason::TooBig, now.too_big - before.too_big);
+            add(DropReason::InvalidDescriptor, now.invalid - before.invalid);
+            add(DropReason::FillEmpty, now.kernel_dropped - before.kernel_dropped);
+            add(DropReason::RxRingFull, now.ring_full - before.ring_full);
+            *before = now;
+        }
+    }
+
+    fn is_orphaned(&self) -> bool {
+        self.orphaned_at.is_some_and(|since| since.elapsed() >= Duration::from_millis(self.manifest.linger_ms))
+    }
+
+    fn sleep(&mut self, idle: Duration) {
+        let busy = match &mut self.pipeline {
+            Pipeline::Fused(egress) => egress.is_busy(),
+            Pipeline::Split(..) => false,
+        };
+        let Some(bound) = self.policy.sleep(idle, busy) else { return };
+        let mut fds: Vec<BorrowedFd<'_>> = self.ingress.ports().iter().map(|port| port.receive.as_fd()).collect();
+        if self.orphaned_at.is_none() {
+            fds.push(self.life.as_fd());
+        }
+        wait::sleep(&fds, bound);
+        self.next_life = self.next_life.min(Instant::now());
+    }
+
+    /// Takes what is left (not on a planned replacement: a successor finds it in the RX ring) and sends what is in hand.
+    fn drain(mut self) -> Result<(), RunError> {
+        let limit = Instant::now() + DRAIN_LIMIT;
+        let replaced = self.control.command() == COMMAND_DRAIN;
+        while !replaced && Instant::now() < limit && self.turn(true)? > 0 {}
+        if let Pipeline::Split(link, thread) = self.pipeline {
+            link.stop.store(true, Release);
+            link.wake();
+            let egress = thread.join().map_err(|_| RunError::Thread("panicked".into()))?;
+            self.pipeline = Pipeline::Fused(egress);
+        }
+        while Instant::now() < limit {
+            self.turn(false)?;
+            let Pipeline::Fused(egress) = &mut self.pipeline else { break };
+            if !egress.is_busy() {
+                break;
+            }
+        }
+        self.turn(false)?;
+        self.beat();
+        Ok(())
+    }
+}
+
+fn zero_if_new(serials: &SharedArray<u32>, slot: u32, serial: u32, range: std::ops::Range<usize>, counters: &SharedArray<Counter>) {
+    if serials.get(slot as usize) != serial {
+        for index in range {
+            counters.set(index, Counter::default());
+        }
+        serials.set(slot as usize, serial);
+    }
+}
+
+fn split(manifest: &Manifest, egress: Egress<AnyTransmit>) -> Result<Pipeline, RunError> {
+    use nix::sys::eventfd::{EfdFlags, EventFd};
+    let failed = |error: String| RunError::Thread(error);
+    let doorbell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(|errno| failed(errno.to_string()))?;
+    let link = Arc::new(Link { stop: AtomicBool::new(false), asleep: AtomicBool::new(false), turns: AtomicU64::new(0), doorbell: doorbell.into() });
+    let (ours, cpu) = (Arc::clone(&link), manifest.cpus.get(1).copied());
+    let policy = WaitPolicy::new(manifest.wait, MAX_SLEEP);
+    let thread = std::thread::Builder::new()
+        .name("egress".into())
+        .spawn(move || egress_thread(egress, &ours, policy, cpu))
+        .map_err(|error| failed(error.to_string()))?;
+    Ok(Pipeline::Split(link, thread))
+}
+
+fn egress_thread(mut egress: Egress<AnyTransmit>, link: &Link, policy: WaitPolicy, cpu: Option<usize>) -> Egress<AnyTransmit> {
+    // A CPU that can't be used was refused for the first thread already; here the inherited affinity is the fall-back.
+    let _ = cpu.map(pin);
+    let mut idle_since = None;
+    while !link.stop.load(Acquire) {
+        link.turns.fetch_add(1, Release);
+        if egress.turn() > 0 {
+            idle_since = None;
+            continue;
+        }
+        let now = Instant::now();
+        let since = *idle_since.get_or_insert(now);
+        let Some(bound) = policy.sleep(now - since, egress.is_busy()) else { continue };
+        link.asleep.store(true, Relaxed);
+        fence(SeqCst);
+        if egress.turn() == 0 && !link.stop.load(Acquire) {
+            wait::sleep(&[link.doorbell.as_fd()], bound);
+        }
+        link.asleep.store(false, Relaxed);
+        let _ = nix::unistd::read(&link.doorbell, &mut [0; 8]);
+    }
+    egress
+}

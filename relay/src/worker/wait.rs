@@ -1,0 +1,82 @@
+//! When an idle worker sleeps, and for how long: spin, adaptive, poll.
+//!
+//! The policy is pure (time is a parameter); the sleeping is one poll(). Must never sleep longer than the bound, whatever
+//! wakes it.
+
+use crate::plan::manifest::WaitMode;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+/// Idle time after which `adaptive` sleeps.
+pub const SPIN: Duration = Duration::from_micros(50);
+/// Longest sleep while frames are with the kernel for sending: nobody wakes us when they are done.
+const BUSY_SLEEP: Duration = Duration::from_millis(1);
+
+/// Whether to sleep, by how long nothing has moved.
+#[derive(Clone, Copy, Debug)]
+pub struct WaitPolicy {
+    mode: WaitMode,
+    idle_sleep: Duration,
+}
+
+impl WaitPolicy {
+    /// A policy that never sleeps longer than `idle_sleep`.
+    pub const fn new(mode: WaitMode, idle_sleep: Duration) -> Self {
+        Self { mode, idle_sleep }
+    }
+
+    /// How long to sleep after `idle` without work; `None`: go on spinning.
+    pub fn sleep(&self, idle: Duration, busy: bool) -> Option<Duration> {
+        let bound = if busy { BUSY_SLEEP } else { self.idle_sleep };
+        match self.mode {
+            WaitMode::Spin => None,
+            WaitMode::Adaptive => (idle >= SPIN).then_some(bound),
+            WaitMode::Poll => Some(bound),
+        }
+    }
+}
+
+/// Sleeps until one of the descriptors is readable or the time is over. Errors (EINTR) are a short sleep.
+pub fn sleep(fds: &[BorrowedFd<'_>], timeout: Duration) {
+    let mut polled: Vec<PollFd<'_>> = fds.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
+    let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::ZERO);
+    let _ = poll(&mut polled, timeout);
+}
+
+/// What the life socket says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// Nothing new, or a doorbell that has been read.
+    Alive,
+    /// The supervisor is gone.
+    Orphaned,
+}
+
+/// Reads the life socket without waiting.
+pub fn life(fd: &OwnedFd) -> Life {
+    use nix::sys::socket::{MsgFlags, recv};
+    use std::os::fd::AsRawFd;
+    let mut bytes = [0; 64];
+    match recv(fd.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
+        Ok(0) => Life::Orphaned,
+        Ok(_) | Err(_) => Life::Alive,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_idle_worker_sleeps_and_never_beyond_its_bound() {
+        let long = Duration::from_millis(100);
+        let spin = WaitPolicy::new(WaitMode::Spin, long);
+        assert_eq!(spin.sleep(Duration::from_secs(9), false), None);
+        let adaptive = WaitPolicy::new(WaitMode::Adaptive, long);
+        assert_eq!(adaptive.sleep(SPIN / 2, false), None);
+        assert_eq!(adaptive.sleep(SPIN, false), Some(long));
+        assert_eq!(adaptive.sleep(SPIN, true), Some(BUSY_SLEEP));
+        assert_eq!(WaitPolicy::new(WaitMode::Poll, long).sleep(Duration::ZERO, false), Some(long));
+    }
+}

@@ -1,0 +1,127 @@
+//! `cargo xtask test`: every test there is, and one line that counts them.
+//!
+//! Plain `cargo test` underneath, in steps: tidy, the crates' own tests, the ring under the model checker, and the namespace
+//! tests one by one. Must never hide a test that did not run: a skip is counted and its reason listed.
+
+mod report;
+
+use crate::{packages, tidy, workspace};
+use anyhow::{Context, Result};
+use report::Report;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
+
+/// Options of the command.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The acceptance forms: full counts, soak and everything marked as ignored (more than an hour)
+    #[arg(long)]
+    long: bool,
+    /// Only tests whose name contains this
+    filter: Option<String>,
+}
+
+/// A part of the test run: what is tested by which cargo arguments.
+struct Step {
+    name: &'static str,
+    /// For cargo.
+    arguments: &'static [&'static str],
+    /// The arguments name tests already, so ours can't.
+    has_filter: bool,
+    /// For the test program.
+    test_arguments: &'static [&'static str],
+    environment: &'static [(&'static str, &'static str)],
+}
+
+const STEPS: [Step; 3] = [
+    Step {
+        name: "crates",
+        arguments: &["--package", "relay", "--package", "relay-common", "--package", "xtask"],
+        has_filter: false,
+        test_arguments: &[],
+        environment: &[],
+    },
+    Step {
+        name: "model checker",
+        arguments: &["--package", "relay", "--no-default-features", "--lib", "--target-dir", "target/loom", "loom"],
+        has_filter: true,
+        test_arguments: &[],
+        environment: &[("RUSTFLAGS", "--cfg loom"), ("LOOM_MAX_PREEMPTIONS", "3")],
+    },
+    Step {
+        name: "namespaces",
+        arguments: &["--package", "relay-tests"],
+        has_filter: false,
+        // They share two cores and measure time: one at a time.
+        test_arguments: &["--test-threads=1"],
+        environment: &[],
+    },
+];
+
+/// Seconds after which a step is killed: a hang is a failure, not a wait.
+const SHORT_LIMIT: u32 = 900;
+const LONG_LIMIT: u32 = 4 * 3600;
+
+/// Runs everything and prints the closing lines.
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    let start = Instant::now();
+    packages::install_missing()?;
+    let mut report = Report::default();
+    report.note("tidy", tidy::passes()?);
+    let built = build()?;
+    report.note("build of the relay", built);
+    for step in STEPS.iter().filter(|_| built).filter(|step| args.filter.is_none() || !step.has_filter) {
+        println!("xtask: {}", step.name);
+        run_step(step, args, &mut report)?;
+    }
+    println!("\nxtask: all of it took {} s", start.elapsed().as_secs());
+    print!("{report}");
+    Ok(if report.passes() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The namespace tests start the relay itself.
+fn build() -> Result<bool> {
+    let status = workspace::cargo().args(["build", "--package", "relay"]).status().context("start cargo build")?;
+    Ok(status.success())
+}
+
+fn run_step(step: &Step, args: &Args, report: &mut Report) -> Result<()> {
+    let mut child = command(step, args)?.spawn().context("start cargo test")?;
+    let failed_before = report.failed_count();
+    if let Some(stdout) = child.stdout.take() {
+        for line in BufReader::new(stdout).split(b'\n') {
+            let line = line.context("read the tests' output")?;
+            let line = String::from_utf8_lossy(&line);
+            if report.read(&line) {
+                println!("{line}");
+            }
+        }
+    }
+    let status = child.wait().context("wait for cargo test")?;
+    report.end_of_step();
+    if !status.success() && report.failed_count() == failed_before {
+        report.note(&format!("{}: {status}", step.name), false);
+    }
+    Ok(())
+}
+
+/// `timeout` puts the step in a process group of its own and kills all of it.
+fn command(step: &Step, args: &Args) -> Result<Command> {
+    let cargo = workspace::cargo();
+    let limit = if args.long { LONG_LIMIT } else { SHORT_LIMIT };
+    let mut command = Command::new("timeout");
+    command.current_dir(workspace::root()).stdout(Stdio::piped());
+    command.args(["--kill-after=10", &limit.to_string()]).arg(cargo.get_program());
+    command.args(["test", "--no-fail-fast"]).args(step.arguments);
+    if let Some(filter) = &args.filter {
+        command.arg(filter);
+    }
+    command.args(["--", "--show-output"]).args(step.test_arguments);
+    if args.long {
+        command.arg("--include-ignored").env("RELAY_TEST_LONG", "1");
+    }
+    let beside = std::env::current_exe().context("our own path")?;
+    command.env("RELAY_BIN", beside.with_file_name("relay")).envs(step.environment.iter().copied());
+    Ok(command)
+}

@@ -1,0 +1,218 @@
+//! Reads what test programs print, and counts.
+//!
+//! Understands the format of Rust's own test harness with `--show-output`. Must never count a test that printed
+//! `SKIPPED: reason` as passed.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// Part of the harness's output we are in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Section {
+    /// One line a test.
+    #[default]
+    Running,
+    /// What passed tests printed.
+    Successes,
+    /// What failed tests printed, then their names.
+    Failures,
+}
+
+/// All steps so far.
+#[derive(Debug, Default)]
+pub(super) struct Report {
+    passed: usize,
+    failed: Vec<String>,
+    /// Name and reason.
+    skipped: Vec<(String, String)>,
+    section: Section,
+    /// The test whose output is being read.
+    current: String,
+    /// Skips seen in the running program, by name.
+    skips: BTreeMap<String, String>,
+    failures: Vec<String>,
+}
+
+impl Report {
+    /// A check that is no test program.
+    pub(super) fn note(&mut self, name: &str, passed: bool) {
+        if passed {
+            self.passed += 1;
+        } else {
+            self.failed.push(name.to_owned());
+        }
+    }
+
+    /// Takes a line. Returns whether a reader wants to see it.
+    pub(super) fn read(&mut self, line: &str) -> bool {
+        match line {
+            "successes:" => self.section = Section::Successes,
+            "failures:" => self.section = Section::Failures,
+            _ => {}
+        }
+        if let Some(name) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
+            name.clone_into(&mut self.current);
+        } else if let Some((name, reason)) = ignored(line) {
+            self.skips.insert(name.to_owned(), reason.to_owned());
+        } else if let (Section::Successes, Some(reason)) = (self.section, skipped(line)) {
+            let name = self.current.clone();
+            self.skips.entry(name).or_insert_with(|| reason.trim().to_owned());
+        } else if let (Section::Failures, Some(name)) = (self.section, listed(line)) {
+            self.failures.push(name.to_owned());
+        } else if let Some(counts) = line.strip_prefix("test result: ") {
+            self.close(counts);
+            return true;
+        }
+        self.section != Section::Successes
+    }
+
+    /// The end of one test program: `ok. 3 passed; 0 failed; 1 ignored; …`.
+    fn close(&mut self, counts: &str) {
+        let count = |what: &str| {
+            let before = counts.split_once(what).map_or("", |(before, _)| before);
+            before.trim_end().rsplit(' ').next().and_then(|number| number.parse::<usize>().ok()).unwrap_or(0)
+        };
+        let (passed, failed, ignored) = (count(" passed;"), count(" failed;"), count(" ignored;"));
+        self.passed += (passed + ignored).saturating_sub(self.skips.len());
+        self.skipped.extend(std::mem::take(&mut self.skips));
+        // Names that can't be told are still failures.
+        self.failures.resize(failed, "a test whose name was not printed".to_owned());
+        self.failed.append(&mut self.failures);
+        self.section = Section::Running;
+        self.current.clear();
+    }
+
+    /// A program that died in the middle printed no result: nothing of it is counted.
+    pub(super) fn end_of_step(&mut self) {
+        self.section = Section::Running;
+        self.current.clear();
+        self.skips.clear();
+        self.failures.clear();
+    }
+
+    pub(super) fn failed_count(&self) -> usize {
+        self.failed.len()
+    }
+
+    pub(super) fn passes(&self) -> bool {
+        self.failed.is_empty() && self.passed > 0
+    }
+}
+
+/// `test NAME ... ignored` or `test NAME ... ignored, REASON`.
+fn ignored(line: &str) -> Option<(&str, &str)> {
+    let (name, rest) = line.strip_prefix("test ")?.split_once(" ... ignored")?;
+    let reason = rest.strip_prefix(", ").unwrap_or("part of the long form: cargo xtask test --long");
+    Some((name, reason))
+}
+
+/// `SKIPPED: REASON`, in capitals or not.
+fn skipped(line: &str) -> Option<&str> {
+    let (word, reason) = line.trim_start().split_once(':')?;
+    word.eq_ignore_ascii_case("skipped").then_some(reason)
+}
+
+/// A name in the list of failures: four blanks and one word.
+fn listed(line: &str) -> Option<&str> {
+    let name = line.strip_prefix("    ")?;
+    let plain = name.split(" - ").next().unwrap_or(name);
+    (!plain.is_empty() && !plain.contains(' ') && plain.chars().all(|c| c.is_alphanumeric() || "_:./".contains(c))).then_some(name)
+}
+
+impl fmt::Display for Report {
+    /// Skips and failures, then the line that counts, alone and last.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, reason) in &self.skipped {
+            writeln!(f, "skipped: {name}: {reason}")?;
+        }
+        for name in &self.failed {
+            writeln!(f, "failed: {name}")?;
+        }
+        writeln!(f, "{} passed, {} failed, {} skipped", self.passed, self.failed.len(), self.skipped.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OUTPUT: &str = "
+running 5 tests
+test a::one ... ok
+test a::two ... ok
+test a::three ... FAILED
+test a::four ... ignored
+test a::five ... ignored, needs a NIC
+
+successes:
+
+---- a::two stdout ----
+SKIPPED: no network namespace: EPERM
+skipped: a second line counts once
+
+
+successes:
+    a::one
+    a::two
+
+failures:
+
+---- a::three stdout ----
+
+thread 'a::three' panicked at src/lib.rs:1:1:
+    left side of it
+stack backtrace:
+   0: rust_begin_unwind
+
+
+failures:
+    a::three
+
+test result: FAILED. 2 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; finished in 0.01s
+";
+
+    fn read(output: &str) -> Report {
+        let mut report = Report::default();
+        for line in output.lines() {
+            report.read(line);
+        }
+        report
+    }
+
+    #[test]
+    fn the_last_line_counts_and_each_skip_has_its_reason() {
+        let text = read(OUTPUT).to_string();
+        let want = "skipped: a::five: needs a NIC\n\
+                    skipped: a::four: part of the long form: cargo xtask test --long\n\
+                    skipped: a::two: no network namespace: EPERM\n\
+                    failed: a::three\n\
+                    1 passed, 1 failed, 3 skipped\n";
+        assert_eq!(text, want);
+        assert!(!read(OUTPUT).passes());
+    }
+
+    #[test]
+    fn programs_add_up() {
+        let twice = format!("{OUTPUT}{OUTPUT}");
+        assert!(read(&twice).to_string().ends_with("2 passed, 2 failed, 6 skipped\n"));
+    }
+
+    #[test]
+    fn a_failure_without_a_name_still_fails() {
+        let report = read("test result: FAILED. 0 passed; 2 failed; 0 ignored; 0 measured");
+        assert_eq!(report.failed_count(), 2);
+    }
+
+    #[test]
+    fn nothing_run_is_not_a_pass() {
+        assert!(!Report::default().passes());
+    }
+
+    #[test]
+    fn what_passed_tests_print_is_not_shown_again() {
+        let mut report = Report::default();
+        let shown: Vec<&str> = OUTPUT.lines().filter(|line| report.read(line)).collect();
+        assert!(shown.contains(&"test a::one ... ok") && shown.contains(&"stack backtrace:"));
+        assert!(!shown.iter().any(|line| line.to_ascii_uppercase().starts_with("SKIPPED")));
+    }
+}
