@@ -13,6 +13,16 @@ pub mod ring;
 
 use serde::Serialize;
 
+/// An argument that cannot be meant; exit code 2.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct BadInput(pub String);
+
+/// Exit code of an error of this room: 2 for [`BadInput`], else 1.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<BadInput>() { 2 } else { 1 }
+}
+
 /// One row of the report. INTERFACE.md: `mode batch size same_core ns_per_message p50_ns p99_ns`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {

@@ -2,6 +2,7 @@
 //!
 //! Receives the messages of a round, says so on stdout, then echoes. Must never outlive its parent: every wait is bounded.
 
+use super::BadInput;
 use super::measure::{echo_all, preemptions};
 use super::processes::{Kind, Side};
 use crate::worker::team::pin;
@@ -44,7 +45,7 @@ pub fn run(args: &Args) -> Result<()> {
         8 => Side::inherited::<[u64; 1]>(args.kind),
         16 => Side::inherited::<[u64; 2]>(args.kind),
         64 => Side::inherited::<[u64; 8]>(args.kind),
-        other => bail!("--size {other}: use 8, 16 or 64"),
+        other => bail!(BadInput(format!("--size {other}: use 8, 16 or 64"))),
     };
     let mut side = side.with_context(|| format!("{DESCRIPTORS}: not the descriptors of the bench"))?;
     say("ready")?;

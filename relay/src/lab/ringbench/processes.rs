@@ -3,11 +3,11 @@
 //! The parent makes the objects, starts `relay bench-peer` with their descriptors, sends, then measures round trips. Must leave
 //! nothing behind: no object has a name, and the child is waited for (or killed) before the row is reported.
 
-use super::Report;
 use super::measure::{Place, ask_all, percentile, ping_pong, preemptions};
 use super::peer::DESCRIPTORS;
 use super::queues::{self, CAPACITY, Message, Receives, Sends, Stream, StreamReceiver, StreamSender};
 use super::ring::{check, row};
+use super::{BadInput, Report};
 use crate::ring::{Consumer, Layout, Memory, Producer, init};
 use crate::shm::discovery::take_fd;
 use crate::shm::{Access, Bell, Segment};
@@ -248,7 +248,7 @@ impl Round {
             8 => Side::create::<[u64; 1]>(self.kind)?,
             16 => Side::create::<[u64; 2]>(self.kind)?,
             64 => Side::create::<[u64; 8]>(self.kind)?,
-            other => bail!("--size {other}: use 8, 16 or 64"),
+            other => bail!(BadInput(format!("--size {other}: use 8, 16 or 64"))),
         };
         let mut child = self.start(command, fds)?;
         // In a thread of its own, so that the pinning ends with it.

@@ -2,8 +2,8 @@
 
 use super::measure::{Place, percentile, ping_pong, round_trips, summary, throughput};
 use super::queues::{self, Ends, Message};
-use super::{Report, Row};
-use anyhow::{Result, bail, ensure};
+use super::{BadInput, Report, Row};
+use anyhow::{Result, bail};
 use clap::ValueEnum;
 
 /// What carries the messages.
@@ -68,17 +68,20 @@ fn sized(mode: Mode, size: usize) -> Result<Ends> {
         8 => ends::<[u64; 1]>(mode),
         16 => ends::<[u64; 2]>(mode),
         64 => ends::<[u64; 8]>(mode),
-        other => bail!("--size {other}: use 8, 16 or 64"),
+        other => bail!(BadInput(format!("--size {other}: use 8, 16 or 64"))),
     }
 }
 
 /// Refuses what cannot be measured, naming the option.
 pub(super) fn check(iters: u64, batches: &[u32], rounds: u32) -> Result<()> {
-    ensure!(iters > 0, "--iters 0: at least one message is needed");
-    ensure!(rounds > 0, "--rounds 0: at least one round is needed");
     let wrong = batches.iter().find(|batch| !(1..=queues::MAX_BATCH).contains(batch));
-    ensure!(wrong.is_none(), "--batch {}: use 1 to {}", wrong.copied().unwrap_or(0), queues::MAX_BATCH);
-    Ok(())
+    let problem = match (iters, rounds, wrong) {
+        (0, ..) => "--iters 0: at least one message is needed".to_owned(),
+        (_, 0, _) => "--rounds 0: at least one round is needed".to_owned(),
+        (.., Some(batch)) => format!("--batch {batch}: use 1 to {}", queues::MAX_BATCH),
+        _ => return Ok(()),
+    };
+    bail!(BadInput(problem))
 }
 
 /// Measures everything asked for, rounds interleaved.
