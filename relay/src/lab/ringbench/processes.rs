@@ -6,7 +6,7 @@
 use super::measure::{Place, ask_all, percentile, ping_pong, preemptions};
 use super::peer::DESCRIPTORS;
 use super::queues::{self, CAPACITY, Message, Receives, Sends, Stream, StreamReceiver, StreamSender};
-use super::ring::{check, row};
+use super::ring::{Conditions, check, row};
 use super::{BadInput, Report};
 use crate::ring::{Consumer, Layout, Memory, Producer, init};
 use crate::shm::discovery::take_fd;
@@ -206,7 +206,7 @@ pub fn measure(args: &Args) -> Result<Report> {
 pub(super) fn measure_with(args: &Args, peer: &dyn Fn() -> Command) -> Result<Report> {
     check(args.iters, &args.batch, args.rounds)?;
     let place = Place::choose(args.same_core, false)?;
-    let samples = args.iters.min(50_000);
+    let samples = args.iters.min(10_000);
     let lines = ping_pong(place, samples)?;
     let mut report = Report { cpus: vec![place.sender, place.receiver], ..Report::default() };
     (report.ping_pong_ns, report.ping_pong_p99_ns) = (percentile(&lines, 0.5), percentile(&lines, 0.99));
@@ -224,7 +224,8 @@ pub(super) fn measure_with(args: &Args, peer: &dyn Fn() -> Command) -> Result<Re
         for (kind, (mut rounds, mut trips, preemptions)) in args.mode.iter().zip(found) {
             trips.sort_unstable();
             let name = kind.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned());
-            report.rows.push(row(name, batch, size, args.same_core, &mut rounds, &trips, preemptions));
+            let conditions = Conditions { batch, size, same_core: args.same_core };
+            report.rows.push(row(name, conditions, &mut rounds, &trips, preemptions));
         }
     }
     Ok(report.finish())

@@ -103,7 +103,8 @@ pub fn measure(args: &Args) -> Result<Report> {
         }
         for (mode, (mut rounds, preemptions)) in args.mode.iter().zip(found) {
             let trips = round_trips(sized(*mode, size)?, sized(*mode, size)?, place, samples)?;
-            report.rows.push(row(name(*mode), batch, size, args.same_core, &mut rounds, &trips, preemptions));
+            let conditions = Conditions { batch, size, same_core: args.same_core };
+            report.rows.push(row(name(*mode), conditions, &mut rounds, &trips, preemptions));
         }
     }
     Ok(report.finish())
@@ -113,8 +114,16 @@ fn name(mode: Mode) -> String {
     mode.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
+/// What a row was measured under.
+pub(super) struct Conditions {
+    pub(super) batch: u32,
+    pub(super) size: usize,
+    pub(super) same_core: bool,
+}
+
 /// A row of the report.
-pub(super) fn row(mode: String, batch: u32, size: usize, same_core: bool, rounds: &mut [f64], trips: &[u64], preemptions: i64) -> Row {
+pub(super) fn row(mode: String, conditions: Conditions, rounds: &mut [f64], trips: &[u64], preemptions: i64) -> Row {
+    let Conditions { batch, size, same_core } = conditions;
     let (median, min_ns, max_ns) = summary(rounds);
     Row {
         mode,
