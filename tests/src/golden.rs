@@ -419,6 +419,16 @@ mod tests {
         assert_eq!(std::fs::read_to_string(path).unwrap(), text());
     }
 
+    /// User space comes to the same verdict by the same headers.
+    #[test]
+    fn the_parser_of_user_space_agrees() {
+        for Case { name, bytes, counter, .. } in corpus() {
+            let is_udp = matches!(counter, Redirected | PassNoRule | PassExcept);
+            let verdict = relay::wire::parse::parse(&bytes, bytes.len());
+            assert_eq!(verdict.map(|_| ()).map_err(|verdict| verdict.counter()), if is_udp { Ok(()) } else { Err(counter) }, "{name}");
+        }
+    }
+
     #[test]
     fn names_are_unique_and_every_verdict_occurs() {
         let cases = corpus();

@@ -19,7 +19,7 @@ use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 const FRAMES: u32 = 1024;
@@ -163,12 +163,23 @@ fn bytes_of(memory: &Memory, packet: &Packet) -> Vec<u8> {
     packet.fragments.iter().flat_map(|piece| memory.umem.bytes(&piece.frame, piece.offset, piece.len).to_vec()).collect()
 }
 
+/// Hands the port what it wants of the pool, as the ingress turn does.
+fn refill(rx: &mut impl Receive, memory: &mut Memory) {
+    let count = rx.stage_refill(&memory.umem, &memory.pool, 256);
+    rx.publish_refill(count);
+    memory.pool.set_len(memory.pool.len() - count);
+}
+
 /// One receive, with refill before and the refused frames back in the pool.
 fn take(rx: &mut impl Receive, memory: &mut Memory) -> Batch {
     let (mut batch, mut spare) = (Batch::new(), ArrayVec::new());
-    rx.refill(&memory.umem, &mut memory.pool);
+    refill(rx, memory);
     rx.receive(&memory.umem, BATCH_LEN, &mut batch, &mut spare);
-    spare.into_iter().for_each(|frame| memory.pool.put(frame));
+    batch.iter().flat_map(|packet| &packet.fragments).for_each(|piece| memory.held.set(piece.frame.index() as usize, 0));
+    for frame in spare {
+        memory.held.set(frame.index() as usize, 0);
+        memory.pool.put(frame);
+    }
     rx.release();
     batch
 }
@@ -199,7 +210,7 @@ fn reap(tx: &mut impl Transmit, memory: &mut Memory) -> usize {
         let (frame, _) = memory.umem.claim(RawDesc { addr: *addr, len: 0, options: 0 }).unwrap();
         memory.pool.put(frame);
     }
-    tx.reaped();
+    tx.reaped(addresses.len() as u32);
     addresses.len()
 }
 
@@ -581,130 +592,4 @@ fn waiting_wakes_for_a_packet_and_for_the_time() {
         packets.into_iter().for_each(|packet| memory.give_back(packet));
         finish(rx, memory);
     }
-}
-
-/// Not a promise but a figure: what the port forwards of all a generator sends in 3 s, spinning. Run with `--ignored --nocapture`.
-#[test]
-#[ignore = "a figure, not a promise"]
-fn figure_forwarding_rate() {
-    for engine in BOTH {
-        let Some(_world) = World::new(1500) else { return };
-        let source = socket::open_send(ifindex("s0")).unwrap();
-        let sink_index = std::fs::read_link("/proc/thread-self/ns/net").unwrap();
-        let mut memory = Memory::new();
-        let mut rx = receiver(engine, socket::open_receive(ifindex("s1"), &[], None).unwrap(), &memory);
-        let mut tx = sender(engine, socket::open_send(ifindex("d0")).unwrap(), &memory);
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        let generator = std::thread::spawn(move || generate(&source, 20_000_000, &stopped));
-        let (started, mut count) = (Instant::now(), 0);
-        while started.elapsed() < Duration::from_secs(3) {
-            for _ in 0..64 {
-                count += turn(&mut rx, &mut tx, &mut memory);
-            }
-        }
-        let seconds = started.elapsed().as_secs_f64();
-        stop.store(true, Ordering::Relaxed);
-        let sent = generator.join().unwrap();
-        rx.housekeeping();
-        println!(
-            "{engine:?} in {sink_index:?}: sent {:.3} Mpps, forwarded {:.3} Mpps, failed {}, {:?}",
-            sent as f64 / seconds / 1e6,
-            count as f64 / seconds / 1e6,
-            tx.failed(),
-            rx.counters()
-        );
-        while turn(&mut rx, &mut tx, &mut memory) > 0 {}
-        finish(rx, memory);
-    }
-}
-
-/// Nor is this: processor time of receive → transmit for packets that already stand in the socket, which other load on the
-/// machine does not change. 30,000 packets a round, best of 20 rounds.
-#[test]
-#[ignore = "a figure, not a promise"]
-fn figure_processor_time() {
-    let worlds: Vec<_> = BOTH.into_iter().filter_map(|engine| World::new(1500).map(|world| (engine, world))).collect();
-    for (engine, world) in &worlds {
-        setns(File::open(format!("/run/netns/{}", world.name)).unwrap(), CloneFlags::CLONE_NEWNET).unwrap();
-        let source = socket::open_send(ifindex("s0")).unwrap();
-        let mut memory = Memory::new();
-        let mut rx = receiver(*engine, socket::open_receive(ifindex("s1"), &[], None).unwrap(), &memory);
-        let mut tx = sender(*engine, socket::open_send(ifindex("d0")).unwrap(), &memory);
-        turn(&mut rx, &mut tx, &mut memory);
-        let bare = generator_time(&source);
-        while turn(&mut rx, &mut tx, &mut memory) > 0 {}
-        let rounds = (0..20).map(|_| {
-            (0..30_000).for_each(|n| inject(&source, &packet(n, &[], 106)));
-            let (started, mut count) = (processor_time(), 0);
-            while count < 30_000 {
-                count += turn(&mut rx, &mut tx, &mut memory);
-            }
-            (processor_time() - started).as_nanos() / 30_000
-        });
-        let rounds: Vec<u128> = rounds.collect();
-        let (best, worst) = (rounds.iter().min().unwrap(), rounds.iter().max().unwrap());
-        println!("{engine:?}: {best} ns a packet at best, {worst} at worst; sendmmsg alone {bare}");
-        assert_eq!((tx.failed(), rx.counters()), (0, Default::default()));
-        finish(rx, memory);
-    }
-}
-
-/// The yardstick: sendmmsg of the same packets alone (1,470 ns on this kind of machine at rest).
-fn generator_time(source: &OwnedFd) -> u128 {
-    let started = processor_time();
-    let sent = generate(source, 20_000, &AtomicBool::new(false));
-    (processor_time() - started).as_nanos() / u128::from(sent)
-}
-
-fn processor_time() -> Duration {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap().into()
-}
-
-/// REQUIREMENTS 001.3 as a figure: 200 kpps for 3 s in bursts of 32, counting what `strace -f -c` counts: run it under that.
-#[test]
-#[ignore = "a figure, not a promise"]
-fn figure_system_calls() {
-    let Some(_world) = World::new(1500) else { return };
-    let source = socket::open_send(ifindex("s0")).unwrap();
-    let mut memory = Memory::new();
-    let mut rx = receiver(Engine::Uring, socket::open_receive(ifindex("s1"), &[], None).unwrap(), &memory);
-    let mut tx = sender(Engine::Uring, socket::open_send(ifindex("d0")).unwrap(), &memory);
-    let generator = std::thread::spawn(move || {
-        let started = Instant::now();
-        let mut sent = 0;
-        while started.elapsed() < Duration::from_secs(3) {
-            let due = started.elapsed().as_micros() as u64 / 5;
-            if sent + 32 <= due {
-                sent += generate(&source, 32, &AtomicBool::new(false));
-            }
-        }
-        sent
-    });
-    let (mut count, mut turns) = (0u64, 0u64);
-    while !generator.is_finished() {
-        let forwarded = turn(&mut rx, &mut tx, &mut memory) as u64;
-        count += forwarded;
-        turns += u64::from(forwarded > 0);
-    }
-    println!("sent {}, forwarded {count} in {turns} turns: compare io_uring_enter", generator.join().unwrap());
-    while turn(&mut rx, &mut tx, &mut memory) > 0 {}
-    finish(rx, memory);
-}
-
-/// 106-byte packets (64 of payload) as fast as one thread can, `most` of them.
-fn generate(socket: &OwnedFd, most: u64, stop: &AtomicBool) -> u64 {
-    let bytes = packet(0, &[], 106);
-    let addresses = [None::<nix::sys::socket::LinkAddr>; 32];
-    let slices: Vec<[std::io::IoSlice<'_>; 1]> = (0..32).map(|_| [std::io::IoSlice::new(&bytes)]).collect();
-    let mut headers = nix::sys::socket::MultiHeaders::preallocate(32, None);
-    let mut sent = 0;
-    while !stop.load(Ordering::Relaxed) && sent < most {
-        match nix::sys::socket::sendmmsg(socket.as_raw_fd(), &mut headers, &slices, addresses, [], MsgFlags::empty()) {
-            Ok(results) => sent += results.count() as u64,
-            Err(Errno::ENOBUFS) => {}
-            Err(errno) => panic!("generator: {errno}"),
-        }
-    }
-    sent
 }

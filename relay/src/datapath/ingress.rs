@@ -6,15 +6,15 @@
 //! The losing design: frames shared by several outputs with a count (DECISIONS §2) saves a memcpy of 1–4 % and costs a
 //! shared count that a kill can leave wrong.
 
-use super::tally::Tally;
-use crate::plan::counters::{Counter, MAX_PORTS, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx};
-use crate::plan::fate::{DropReason, OutputDropReason};
 use super::held::HeldMap;
 use super::journal::{Armed, EgressMark, Journal, MOVE_RECYCLE, MOVE_REFILL, Move, SAVED_LEN, SavedHeader};
 use super::rewrite::{Checked, inspect, rewrite};
 use super::table::{OutputPlan, RulePlan, Table};
+use super::tally::Tally;
 use crate::frame::{CONTINUES, FRAME_SIZE, Frame, HEADROOM, MAX_FRAGMENTS, Pool, RawDesc, Umem};
 use crate::nic::{BATCH_DESCS, BATCH_LEN, Batch, Fragment, Packet, Receive};
+use crate::plan::counters::{Counter, MAX_PORTS, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx};
+use crate::plan::fate::{DropReason, OutputDropReason};
 use crate::ring::{Consumer, Producer};
 use crate::sys::SharedArray;
 use crate::wire::{Headers, parse};
@@ -374,7 +374,15 @@ struct Parsed<'a> {
 
 impl Hand<'_> {
     /// Gives one packet its fate at every output; returns the fragments that no output took in place.
-    fn packet(&mut self, table: &Table, (port, ifindex): (usize, u32), packet: Packet, saved: &SavedHeader, replay: bool, skip: bool) -> Fragments {
+    fn packet(
+        &mut self,
+        table: &Table,
+        (port, ifindex): (usize, u32),
+        packet: Packet,
+        saved: &SavedHeader,
+        replay: bool,
+        skip: bool,
+    ) -> Fragments {
         let len: u64 = packet.fragments.iter().map(|fragment| u64::from(fragment.len)).sum();
         self.tally.add(port_rx(port), len);
         let first_len = packet.fragments.first().map_or(0, |first| first.len) as usize;
@@ -467,7 +475,13 @@ impl Hand<'_> {
         }
     }
 
-    fn send_in_place(&mut self, output: &OutputPlan, parsed: &Parsed<'_>, fragments: &mut Fragments, published: bool) -> Result<(), OutputDropReason> {
+    fn send_in_place(
+        &mut self,
+        output: &OutputPlan,
+        parsed: &Parsed<'_>,
+        fragments: &mut Fragments,
+        published: bool,
+    ) -> Result<(), OutputDropReason> {
         if published {
             // The dead worker has published this ring: where the packet got in, its frames are the ring's already.
             let mut scratch = [0u8; SAVED_LEN + HEADROOM as usize];
@@ -508,7 +522,11 @@ impl Hand<'_> {
 }
 
 /// The verdict of a rewrite without touching the packet (its frame may be the kernel's by now).
-fn rewrite_scratch(scratch: &mut [u8; SAVED_LEN + HEADROOM as usize], output: &OutputPlan, parsed: &Parsed<'_>) -> Result<(), OutputDropReason> {
+fn rewrite_scratch(
+    scratch: &mut [u8; SAVED_LEN + HEADROOM as usize],
+    output: &OutputPlan,
+    parsed: &Parsed<'_>,
+) -> Result<(), OutputDropReason> {
     let start = HEADROOM as usize;
     if let Some(to) = scratch.get_mut(start..start + parsed.head.len()) {
         to.copy_from_slice(parsed.head);
@@ -537,7 +555,14 @@ fn copy(umem: &Umem, from: &Fragment, head: &[u8], to: &mut Frame) {
     }
 }
 
-fn find<'t>(table: &'t Table, ifindex: u32, packet: &Packet, head: &[u8], first_len: usize, len: u64) -> Result<(&'t RulePlan, Headers), DropReason> {
+fn find<'t>(
+    table: &'t Table,
+    ifindex: u32,
+    packet: &Packet,
+    head: &[u8],
+    first_len: usize,
+    len: u64,
+) -> Result<(&'t RulePlan, Headers), DropReason> {
     // Headers must lie in the saved bytes; what is said about the rest follows from the lengths.
     let headers = parse(head, len as usize).map_err(|_| DropReason::Malformed)?;
     debug_assert!(first_len >= head.len());

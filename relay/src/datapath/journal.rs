@@ -12,10 +12,10 @@
 //! thread: ingress and egress. Must never be written by anybody but that thread.
 
 use super::tally::{Increment, MAX_INCREMENTS};
-use crate::plan::counters::{Counter, MAX_PORTS};
-use crate::plan::work::JOURNAL_LEN;
 use crate::frame::Pool;
 use crate::nic::{BATCH_DESCS, BATCH_LEN};
+use crate::plan::counters::{Counter, MAX_PORTS};
+use crate::plan::work::JOURNAL_LEN;
 use crate::sys::shared::OutOfMapping;
 use crate::sys::{Mapping, SharedArray, SharedWord, SharedWord64};
 use bytemuck::{Pod, Zeroable};

@@ -7,5 +7,6 @@ pub mod edit;
 pub mod fate;
 pub mod manifest;
 pub mod records;
+pub mod resolve;
 pub mod status;
 pub mod work;

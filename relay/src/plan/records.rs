@@ -12,6 +12,7 @@ use super::counters::{MAX_OUTPUTS, MAX_RULES};
 use super::edit::Edit;
 use super::fate::OutputDropReason;
 use crate::rule::Prefix;
+pub use crate::rule::prefix::to_bytes as address_bytes;
 use crate::sys::shared::OutOfMapping;
 use crate::sys::{Mapping, SharedArray, SharedWord, SharedWord64};
 use bytemuck::{Pod, Zeroable};
@@ -140,16 +141,6 @@ pub struct Snapshot {
     pub own: Vec<AddressRecord>,
 }
 
-/// Address bytes as all records hold them.
-pub fn address_bytes(addr: IpAddr) -> [u8; 16] {
-    let mut bytes = [0; 16];
-    match addr {
-        IpAddr::V4(v4) => bytes[..4].copy_from_slice(&v4.octets()),
-        IpAddr::V6(v6) => bytes = v6.octets(),
-    }
-    bytes
-}
-
 /// A prefix of a family from record bytes.
 pub fn prefix_from(family: u32, addr: [u8; 16], len: u32) -> Prefix {
     let [a, b, c, d, ..] = addr;
@@ -269,15 +260,18 @@ impl RulesSegment {
         let half = self.half(snapshot.epoch);
         let mut counts = Counts { epoch: snapshot.epoch, ..Counts::default() };
         for rule in &snapshot.rules {
-            half.rules.set(counts.rules as usize, RuleRecord {
-                first_output: counts.outputs,
-                output_count: rule.outputs.len() as u32,
-                first_prefix: counts.prefixes,
-                prefix_count: rule.except.len() as u32,
-                text_at: counts.text,
-                text_len: rule.text.len() as u32,
-                ..rule.record
-            });
+            half.rules.set(
+                counts.rules as usize,
+                RuleRecord {
+                    first_output: counts.outputs,
+                    output_count: rule.outputs.len() as u32,
+                    first_prefix: counts.prefixes,
+                    prefix_count: rule.except.len() as u32,
+                    text_at: counts.text,
+                    text_len: rule.text.len() as u32,
+                    ..rule.record
+                },
+            );
             half.outputs.set_all(counts.outputs as usize, &rule.outputs);
             half.prefixes.set_all(counts.prefixes as usize, &rule.except);
             half.text.set_all(counts.text as usize, rule.text.as_bytes());

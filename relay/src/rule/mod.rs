@@ -8,7 +8,6 @@ mod cycle;
 pub mod error;
 pub mod lookup;
 pub mod prefix;
-pub mod resolve;
 pub mod set;
 pub mod text;
 pub mod value;

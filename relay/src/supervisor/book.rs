@@ -99,7 +99,9 @@ impl Book {
     pub fn with(&self, set: RuleSet, epoch: u32) -> Result<Self, RunError> {
         let mut next = Self { set, ..self.clone() };
         let rules: Vec<Rule> = next.set.rules().to_vec();
-        let kept = |rule: &Rule| self.set.get(&rule.id).is_some_and(|old| old.ingress == rule.ingress && old.matching == rule.matching && old.path == rule.path);
+        let kept = |rule: &Rule| {
+            self.set.get(&rule.id).is_some_and(|old| old.ingress == rule.ingress && old.matching == rule.matching && old.path == rule.path)
+        };
         let gone: Vec<String> = self.slots.keys().filter(|id| !rules.iter().any(|rule| rule.id == **id && kept(rule))).cloned().collect();
         for id in gone {
             if let Some(slots) = next.slots.remove(&id) {
@@ -115,7 +117,11 @@ impl Book {
 
     fn assign(&mut self, rule: &Rule, epoch: u32) -> Result<(), RunError> {
         if rule.outputs.len() > MAX_RULE_OUTPUTS {
-            return Err(RunError::bad("output", format!("rule {} has {} outputs, at most {MAX_RULE_OUTPUTS} are possible", rule.id, rule.outputs.len()), "split it"));
+            return Err(RunError::bad(
+                "output",
+                format!("rule {} has {} outputs, at most {MAX_RULE_OUTPUTS} are possible", rule.id, rule.outputs.len()),
+                "split it",
+            ));
         }
         let mut slots = match self.slots.remove(&rule.id) {
             Some(slots) => slots,

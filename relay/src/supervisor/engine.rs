@@ -91,7 +91,8 @@ fn load(options: &Options) -> Result<RuleSet, RunError> {
     let mut rules: Vec<Rule> = match &options.config {
         Some(path) => {
             let name = path.display().to_string();
-            let source = std::fs::read_to_string(path).map_err(|error| RunError::bad("--config", format!("{name}: {error}"), "name a readable file"))?;
+            let source = std::fs::read_to_string(path)
+                .map_err(|error| RunError::bad("--config", format!("{name}: {error}"), "name a readable file"))?;
             crate::config::parse(&name, &source).map_err(|error| RunError::bad("--config", error, ""))?
         }
         None => Vec::new(),
@@ -196,7 +197,8 @@ impl Supervisor {
             bound = bound.min(at.saturating_duration_since(now));
         }
         let fixed: [BorrowedFd<'_>; 3] = [self.signals.as_fd(), self.server.as_fd(), self.watch.as_fd()];
-        let mut polled: Vec<PollFd<'_>> = fixed.into_iter().chain(self.fleet.descriptors()).map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        let mut polled: Vec<PollFd<'_>> =
+            fixed.into_iter().chain(self.fleet.descriptors()).map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         // EINTR is a short wait.
         let _ = poll(&mut polled, PollTimeout::try_from(bound).unwrap_or(PollTimeout::ZERO));
     }

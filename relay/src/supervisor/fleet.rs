@@ -124,7 +124,8 @@ impl Fleet {
     pub fn new(options: &Options, rules: OwnedFd) -> Result<(Self, Vec<Umem>), RunError> {
         use nix::fcntl::{OFlag, open};
         use nix::sys::stat::Mode;
-        let executable = open("/proc/self/exe", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(failed("opening the executable"))?;
+        let executable =
+            open("/proc/self/exe", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(failed("opening the executable"))?;
         let null = open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).map_err(failed("/dev/null"))?;
         let mut fleet = Self {
             slots: Vec::new(),
@@ -221,9 +222,11 @@ impl Fleet {
         use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
         let Some(id) = self.slots.get(index).map(|slot| slot.id) else { return Ok(()) };
         let cpus = self.cpus_of(id);
-        let (life, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).map_err(failed("socketpair"))?;
+        let (life, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).map_err(failed("socketpair"))?;
         let (log, stderr) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(failed("pipe"))?;
-        let (control_fd, control_mapping) = memfd::create("relay-control", CONTROL_LEN, Writers::Creator).map_err(failed("control segment"))?;
+        let (control_fd, control_mapping) =
+            memfd::create("relay-control", CONTROL_LEN, Writers::Creator).map_err(failed("control segment"))?;
         let Some(slot) = self.slots.get_mut(index) else { return Ok(()) };
         slot.generation += 1;
         let manifest = Manifest {
@@ -319,7 +322,11 @@ impl Fleet {
     pub fn ring(&self) {
         for life in self.slots.iter().filter_map(|slot| slot.life.as_ref()) {
             // A full socket means that it will wake up anyway.
-            let _ = nix::sys::socket::send(life.as_raw_fd(), &[1], nix::sys::socket::MsgFlags::MSG_DONTWAIT | nix::sys::socket::MsgFlags::MSG_NOSIGNAL);
+            let _ = nix::sys::socket::send(
+                life.as_raw_fd(),
+                &[1],
+                nix::sys::socket::MsgFlags::MSG_DONTWAIT | nix::sys::socket::MsgFlags::MSG_NOSIGNAL,
+            );
         }
     }
 

@@ -27,7 +27,11 @@ pub fn take(ifindex: u32, name: &str) -> Result<Lock, RunError> {
         Ok(lock) => Ok(lock),
         Err(Errno::EADDRINUSE) => {
             let holder = holder(ifindex).map_or_else(|_| "another relay".into(), |pid| format!("pid {pid}"));
-            Err(RunError::bad("ingress", format!("interface {name} is served by {holder} already"), "stop that relay, or add the rule to it with `relay rule add`"))
+            Err(RunError::bad(
+                "ingress",
+                format!("interface {name} is served by {holder} already"),
+                "stop that relay, or add the rule to it with `relay rule add`",
+            ))
         }
         Err(errno) => Err(RunError::failure(format!("lock of interface {name}: {errno}"))),
     }

@@ -138,7 +138,13 @@ impl Ports {
                     receive_fd: sockets.receive.as_raw_fd(),
                     send_fd: sockets.send.as_ref().map_or(-1, AsRawFd::as_raw_fd),
                     sizes,
-                    depth: if !port.ingress { 0 } else if port.way == Way::Xsk { depth } else { 256 },
+                    depth: if !port.ingress {
+                        0
+                    } else if port.way == Way::Xsk {
+                        depth
+                    } else {
+                        256
+                    },
                 })
             })
             .collect()
@@ -194,7 +200,12 @@ pub fn check_interfaces(rules: &[Rule], known: &BTreeMap<String, Interface>) -> 
 impl Maker<'_> {
     /// Makes what is missing of `needs`. Returns whether any port is new or is used in a new way (workers have to be
     /// replaced then). On an error the ports made meanwhile are dropped again.
-    pub fn ensure(&mut self, ports: &mut Ports, needs: &BTreeMap<(String, Way), Use>, known: &BTreeMap<String, Interface>) -> Result<bool, RunError> {
+    pub fn ensure(
+        &mut self,
+        ports: &mut Ports,
+        needs: &BTreeMap<(String, Way), Use>,
+        known: &BTreeMap<String, Interface>,
+    ) -> Result<bool, RunError> {
         let before = ports.list.len();
         let mut changed = false;
         for ((name, way), used) in needs {
@@ -211,7 +222,14 @@ impl Maker<'_> {
         Ok(changed)
     }
 
-    fn ensure_one(&mut self, ports: &mut Ports, name: &str, way: Way, used: Use, known: &BTreeMap<String, Interface>) -> Result<bool, RunError> {
+    fn ensure_one(
+        &mut self,
+        ports: &mut Ports,
+        name: &str,
+        way: Way,
+        used: Use,
+        known: &BTreeMap<String, Interface>,
+    ) -> Result<bool, RunError> {
         let facts = known.get(name).ok_or_else(|| RunError::bad("interface", format!("no interface {name}"), "see `ip link`"))?;
         if let Some(port) = ports.list.iter_mut().find(|port| port.name == name && port.way == way) {
             let new = (used.ingress && !port.ingress) || (used.egress && !port.egress);
@@ -251,7 +269,12 @@ impl Maker<'_> {
             return Err(self.refusal(refused));
         }
         if self.options.strict {
-            return Err(RunError::bad("--strict", format!("interface {}: {refused}", facts.name), "drop --strict, or use --backend packet").code(DEGRADED));
+            return Err(RunError::bad(
+                "--strict",
+                format!("interface {}: {refused}", facts.name),
+                "drop --strict, or use --backend packet",
+            )
+            .code(DEGRADED));
         }
         tracing::warn!(interface = %facts.name, reason = %refused, "no AF_XDP here: falling back to AF_PACKET");
         self.packet_port(facts, used, format!("fell back: {refused}"))

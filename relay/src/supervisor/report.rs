@@ -9,8 +9,7 @@ use super::error::RunError;
 use super::ports::{Port, Way};
 use super::update::join_of;
 use crate::control::message::{
-    Changes,
-    FrameStats, InterfaceInfo, InterfaceStats, OutputStats, RuleInfo, RuleStats, Stats, Status, SupervisorInfo, WorkerInfo,
+    Changes, FrameStats, InterfaceInfo, InterfaceStats, OutputStats, RuleInfo, RuleStats, Stats, Status, SupervisorInfo, WorkerInfo,
 };
 use crate::plan::counters::{Counter, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx};
 use crate::plan::fate::{DropReason, OutputDropReason};
@@ -99,7 +98,8 @@ impl Supervisor {
 
     /// Sum of one counter over all workers whose slot holds this rule.
     fn rule_counter(&self, slots: &Slots, index: u32) -> Counter {
-        let pages = self.fleet.slots.iter().map(|slot| &slot.status).filter(|page| page.rule_serials.get(slots.slot as usize) == slots.serial);
+        let pages =
+            self.fleet.slots.iter().map(|slot| &slot.status).filter(|page| page.rule_serials.get(slots.slot as usize) == slots.serial);
         sum(pages.map(|page| page.ingress.get(index as usize)))
     }
 
@@ -116,7 +116,9 @@ impl Supervisor {
         let rules: Vec<RuleStats> = self.book.set.rules().iter().filter_map(|rule| self.rule_stats(rule)).collect();
         let mut interfaces: BTreeMap<String, InterfaceStats> = BTreeMap::new();
         for (number, port) in self.ports.list().iter().enumerate() {
-            let entry = interfaces.entry(port.name.clone()).or_insert_with(|| InterfaceStats { name: port.name.clone(), ..InterfaceStats::default() });
+            let entry = interfaces
+                .entry(port.name.clone())
+                .or_insert_with(|| InterfaceStats { name: port.name.clone(), ..InterfaceStats::default() });
             self.add_port(entry, number, port);
         }
         for output in rules.iter().flat_map(|rule| &rule.outputs) {
@@ -223,7 +225,10 @@ impl Supervisor {
             .set
             .rules()
             .iter()
-            .filter(|rule| self.book.slots(&rule.id).map(|slots| (slots.slot, slots.serial)) != next.slots(&rule.id).map(|slots| (slots.slot, slots.serial)))
+            .filter(|rule| {
+                self.book.slots(&rule.id).map(|slots| (slots.slot, slots.serial))
+                    != next.slots(&rule.id).map(|slots| (slots.slot, slots.serial))
+            })
             .cloned()
             .collect();
         for rule in gone {
@@ -244,7 +249,9 @@ impl Supervisor {
         let path = file.map(std::path::PathBuf::from).or_else(|| self.options.config.clone());
         let path = path.ok_or_else(|| RunError::bad("FILE", "no file named, and the relay runs without --config", "name a file"))?;
         let text = crate::config::write(self.book.set.rules());
-        let failed = |error: std::io::Error| RunError::bad("FILE", format!("{}: {error}", path.display()), "name a file in a directory the relay may write");
+        let failed = |error: std::io::Error| {
+            RunError::bad("FILE", format!("{}: {error}", path.display()), "name a file in a directory the relay may write")
+        };
         let temporary = path.with_extension("toml.new");
         std::fs::write(&temporary, text).map_err(failed)?;
         std::fs::rename(&temporary, &path).map_err(failed)?;

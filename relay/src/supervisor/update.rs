@@ -64,7 +64,8 @@ impl Supervisor {
         let view = View::new(&self.ports, &self.known, &mut self.interfaces);
         let compiled = book.compile(&view, &self.compiled)?;
         let mut view = view;
-        RulesSegment::check(&book.snapshot(self.epoch + 1, &mut view, Some(&self.book))).map_err(|error| RunError::bad("rules", error, ""))?;
+        RulesSegment::check(&book.snapshot(self.epoch + 1, &mut view, Some(&self.book)))
+            .map_err(|error| RunError::bad("rules", error, ""))?;
         self.locks.extend(locks);
         let update = Update { book, compiled, stage: Stage::Replacing, since: Instant::now(), client, answer };
         if changed && self.live {
@@ -76,8 +77,11 @@ impl Supervisor {
     }
 
     fn locks_for(&self, rules: &[Rule]) -> Result<Vec<(u32, super::locks::Lock)>, RunError> {
-        let wanted: BTreeSet<(u32, &str)> =
-            rules.iter().filter_map(|rule| self.known.get(&rule.ingress)).map(|interface| (interface.ifindex, interface.name.as_str())).collect();
+        let wanted: BTreeSet<(u32, &str)> = rules
+            .iter()
+            .filter_map(|rule| self.known.get(&rule.ingress))
+            .map(|interface| (interface.ifindex, interface.name.as_str()))
+            .collect();
         let missing = wanted.into_iter().filter(|(ifindex, _)| !self.locks.iter().any(|(held, _)| held == ifindex));
         missing.map(|(ifindex, name)| super::locks::take(ifindex, name).map(|lock| (ifindex, lock))).collect()
     }
@@ -253,7 +257,11 @@ pub fn join_of(rule: &Rule, ifindex: u32) -> Option<Join> {
     let group = rule.matching.group;
     let single = group.len == if group.addr.is_ipv4() { 32 } else { 128 };
     let source = rule.matching.source.filter(|source| source.len == if source.addr.is_ipv4() { 32 } else { 128 });
-    (rule.join && single && group.addr.is_multicast()).then_some(Join { ifindex, group: group.addr, source: source.map(|source| source.addr) })
+    (rule.join && single && group.addr.is_multicast()).then_some(Join {
+        ifindex,
+        group: group.addr,
+        source: source.map(|source| source.addr),
+    })
 }
 
 fn apply(program: &mut Program, slots: &[(u32, u32)], step: &MapChange) -> Result<(), ProgramError> {

@@ -7,8 +7,8 @@ use super::interfaces::{Interface, Interfaces};
 use super::ports::{Ports, Way};
 use crate::plan::fate::OutputDropReason;
 use crate::plan::records::{AddressRecord, OutputRecord, address_bytes};
+use crate::plan::resolve::{Facts, edit_for, unicast_destination};
 use crate::rule::Rule;
-use crate::rule::resolve::{Facts, edit_for, unicast_destination};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 

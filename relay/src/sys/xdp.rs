@@ -126,7 +126,11 @@ pub fn register_umem(fd: &impl AsFd, address: *mut u8, len: usize, frame_size: u
         flags: u32,
         tx_metadata_len: u32,
     }
-    set(fd, libc::XDP_UMEM_REG, &UmemReg { addr: address as u64, len: len as u64, chunk_size: frame_size, headroom: 0, flags: 0, tx_metadata_len: 0 })
+    set(
+        fd,
+        libc::XDP_UMEM_REG,
+        &UmemReg { addr: address as u64, len: len as u64, chunk_size: frame_size, headroom: 0, flags: 0, tx_metadata_len: 0 },
+    )
 }
 
 /// Makes a ring of `size` (power of two) slots.
@@ -158,9 +162,7 @@ pub fn bind(fd: &impl AsFd, ifindex: u32, queue: u32, flags: BindFlags, shared: 
         sxdp_shared_umem_fd: shared.map_or(0, |fd| fd.as_raw_fd() as u32),
     };
     // SAFETY: address is a sockaddr_xdp that lives through the call, and the length is its own.
-    let result = unsafe {
-        libc::bind(fd.as_fd().as_raw_fd(), std::ptr::from_ref(&address).cast(), size_of::<libc::sockaddr_xdp>() as u32)
-    };
+    let result = unsafe { libc::bind(fd.as_fd().as_raw_fd(), std::ptr::from_ref(&address).cast(), size_of::<libc::sockaddr_xdp>() as u32) };
     Errno::result(result).map(drop)
 }
 

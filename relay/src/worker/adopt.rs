@@ -130,7 +130,11 @@ fn adopt(control: OwnedFd, status: OwnedFd) -> Result<Adopted, BootError> {
     let layout = WorkLayout::new(manifest.frame_count, manifest.egress_capacity);
     let umem_len = manifest.frame_count as usize * FRAME_SIZE as usize;
     let umem = segment("UMEM", manifest.umem_fd, umem_len, true)?;
-    let umem = Arc::new(Umem::new(Arc::into_inner(umem).ok_or(BootError::Descriptor { role: "UMEM", fd: manifest.umem_fd, errno: Errno::EBUSY })?));
+    let umem = Arc::new(Umem::new(Arc::into_inner(umem).ok_or(BootError::Descriptor {
+        role: "UMEM",
+        fd: manifest.umem_fd,
+        errno: Errno::EBUSY,
+    })?));
     let work = segment("work segment", manifest.work_fd, layout.len, true)?;
     let rules = RulesSegment::join(&segment("rules segment", manifest.rules_fd, RULES_LEN, false)?)?;
     let life = inherited("life socket", manifest.life_fd)?;

@@ -38,7 +38,10 @@ impl Ledger {
     /// The ledger over a work segment and the AF_XDP ports.
     pub fn new(work: &Arc<Mapping>, layout: &WorkLayout, total: u32, ports: Vec<PortLedger>) -> Result<Self, OutOfMapping> {
         let words = |at: usize| -> Result<[SharedWord; 2], OutOfMapping> {
-            Ok([SharedWord::new(work, at + crate::ring::layout::PRODUCER_AT)?, SharedWord::new(work, at + crate::ring::layout::CONSUMER_AT)?])
+            Ok([
+                SharedWord::new(work, at + crate::ring::layout::PRODUCER_AT)?,
+                SharedWord::new(work, at + crate::ring::layout::CONSUMER_AT)?,
+            ])
         };
         let rings = (0..crate::plan::counters::MAX_PORTS).map(|port| words(layout.egress_ring(port))).collect::<Result<_, _>>()?;
         let maps = [layout.held, layout.held_by_senders(total)].map(|at| SharedArray::new(work, at, total as usize));

@@ -333,7 +333,12 @@ fn split(manifest: &Manifest, egress: Egress<AnyTransmit>) -> Result<Pipeline, R
     use nix::sys::eventfd::{EfdFlags, EventFd};
     let failed = |error: String| RunError::Thread(error);
     let doorbell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(|errno| failed(errno.to_string()))?;
-    let link = Arc::new(Link { stop: AtomicBool::new(false), asleep: AtomicBool::new(false), turns: AtomicU64::new(0), doorbell: doorbell.into() });
+    let link = Arc::new(Link {
+        stop: AtomicBool::new(false),
+        asleep: AtomicBool::new(false),
+        turns: AtomicU64::new(0),
+        doorbell: doorbell.into(),
+    });
     let (ours, cpu) = (Arc::clone(&link), manifest.cpus.get(1).copied());
     let policy = WaitPolicy::new(manifest.wait, MAX_SLEEP);
     let thread = std::thread::Builder::new()

@@ -3,7 +3,7 @@
 //! Runs between two batches, when the epoch has changed; may allocate. Must never write the segment.
 
 use crate::datapath::table::{OutputPlan, RulePlan, Table};
-use crate::plan::records::{RulesSegment, RecordsError, Snapshot, SnapshotRule, prefix_from};
+use crate::plan::records::{RecordsError, RulesSegment, Snapshot, SnapshotRule, prefix_from};
 use crate::rule::compile::{CompileInput, Compiled, compile};
 use crate::rule::{Match, TagMatch};
 

@@ -71,11 +71,10 @@ pub fn create(umem: &Umem, spec: SocketSpec, first: Option<&OwnedFd>) -> Result<
     let failed = |step: &'static str| move |errno: Errno| PortError::Step { ifindex, queue, step, errno };
     let fd = xdp::socket().map_err(failed("socket"))?;
     if first.is_none() {
-        xdp::register_umem(&fd, umem.as_ptr(), umem.len(), FRAME_SIZE).map_err(failed("register the UMEM (RLIMIT_MEMLOCK, CAP_IPC_LOCK)"))?;
+        xdp::register_umem(&fd, umem.as_ptr(), umem.len(), FRAME_SIZE)
+            .map_err(failed("register the UMEM (RLIMIT_MEMLOCK, CAP_IPC_LOCK)"))?;
     }
-    for (ring, size) in
-        [(Ring::Fill, sizes.fill), (Ring::Completion, sizes.completion), (Ring::Rx, sizes.rx), (Ring::Tx, sizes.tx)]
-    {
+    for (ring, size) in [(Ring::Fill, sizes.fill), (Ring::Completion, sizes.completion), (Ring::Rx, sizes.rx), (Ring::Tx, sizes.tx)] {
         xdp::create_ring(&fd, ring, size).map_err(failed("make a ring"))?;
     }
     bind(&fd, spec, flags, first).map_err(failed("bind"))?;

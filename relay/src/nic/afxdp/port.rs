@@ -46,14 +46,7 @@ pub fn adopt(fd: Arc<OwnedFd>, sizes: RingSizes, depth: u32) -> Result<(XskRecei
         fill,
         fd: Arc::clone(&fd),
     };
-    let transmit = XskTransmit {
-        position: tx.producer(),
-        put: 0,
-        reap_position: completion.consumer(),
-        tx,
-        completion,
-        fd,
-    };
+    let transmit = XskTransmit { position: tx.producer(), put: 0, reap_position: completion.consumer(), tx, completion, fd };
     Ok((receive, transmit))
 }
 
@@ -78,7 +71,12 @@ impl XskReceive {
 
     /// Producer and consumer of the fill and RX rings, as memory has them now (for the ledger).
     pub fn indices(&self) -> RingIndices {
-        RingIndices { user: self.fill.producer(), kernel: self.fill.consumer(), back_kernel: self.rx.producer(), back_user: self.rx.consumer() }
+        RingIndices {
+            user: self.fill.producer(),
+            kernel: self.fill.consumer(),
+            back_kernel: self.rx.producer(),
+            back_user: self.rx.consumer(),
+        }
     }
 
     /// Number of slots of the packet at `offset` behind the position, or 0 while it is not complete.

@@ -2,12 +2,12 @@
 //!
 //! Pure: the facts are the caller's. Must never ask the kernel itself.
 
-use super::prefix::to_bytes;
-use super::{Match, Output, SourceEdit, Ttl, VlanEdit};
-use crate::datapath::edit::{
+use super::edit::{
     Edit, SET_DPORT, SET_DSCP, SET_DST, SET_DST_MAC, SET_SPORT, SET_SRC, TTL_DEC, TTL_KEEP, TTL_SET, VLAN_KEEP, VLAN_NONE, VLAN_SET,
 };
-use crate::datapath::fate::OutputDropReason;
+use super::fate::OutputDropReason;
+use super::records::address_bytes;
+use crate::rule::{Match, Output, SourceEdit, Ttl, VlanEdit};
 use crate::wire::mac::{self, Mac};
 use std::net::IpAddr;
 use thiserror::Error;
@@ -77,7 +77,7 @@ pub fn edit_for(matching: &Match, output: &Output, facts: &Facts) -> Result<Edit
 fn set_destination(edit: &mut Edit, matching: &Match, output: &Output, facts: &Facts) -> Result<(), Pending> {
     if let Some(to) = output.to {
         edit.flags |= SET_DST | SET_DST_MAC;
-        edit.dst = to_bytes(to);
+        edit.dst = address_bytes(to);
         edit.dst_mac = mac::group(edit.family, &edit.dst);
     }
     if unicast_destination(matching, output).is_some() {
@@ -95,12 +95,12 @@ fn set_source(edit: &mut Edit, output: &Output, facts: &Facts) -> Result<(), Pen
     let family = edit.family;
     let address = match output.src {
         SourceEdit::Keep => None,
-        SourceEdit::Egress => Some(facts.address.filter(|addr| super::prefix::family(*addr) == family).ok_or(Pending::Address)?),
+        SourceEdit::Egress => Some(facts.address.filter(|addr| crate::rule::prefix::family(*addr) == family).ok_or(Pending::Address)?),
         SourceEdit::Set(addr) => Some(addr),
     };
     if let Some(address) = address {
         edit.flags |= SET_SRC;
-        edit.src = to_bytes(address);
+        edit.src = address_bytes(address);
     }
     if let Some(port) = output.sport {
         edit.flags |= SET_SPORT;
