@@ -1,7 +1,9 @@
 //! `relay bench`: figures as tables or JSON. Exit code 5 if a row could not be measured.
 
+use super::failure::Failure;
 use super::{Context, OK, Outcome, VERDICT_FAILED};
 use crate::lab::bench as path;
+use crate::lab::ringbench::{self, processes, ring};
 use clap::Subcommand;
 
 /// What is measured.
@@ -9,13 +11,29 @@ use clap::Subcommand;
 pub(super) enum BenchCommand {
     /// Packets a second through the relay's paths and the baselines
     Path(path::Args),
+    /// What a message costs from thread to thread
+    Ring(ring::Args),
+    /// What a message costs from process to process
+    Ipc(processes::Args),
 }
 
 /// Measures and prints.
 pub(super) fn run(command: &BenchCommand, context: &Context) -> Outcome {
     match command {
         BenchCommand::Path(args) => run_path(args, context),
+        BenchCommand::Ring(args) => print(&ring::measure(args).map_err(failed)?, context),
+        BenchCommand::Ipc(args) => print(&processes::measure(args).map_err(failed)?, context),
     }
+}
+
+/// An error of the ring bench as a failure with its exit code.
+pub(super) fn failed(error: anyhow::Error) -> Failure {
+    Failure::new(ringbench::exit_code(&error), format!("{error:#}"))
+}
+
+fn print(report: &ringbench::Report, context: &Context) -> Outcome {
+    context.output.facts(report, |_| ringbench::table(report))?;
+    Ok(OK)
 }
 
 fn run_path(args: &path::Args, context: &Context) -> Outcome {

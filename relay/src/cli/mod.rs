@@ -93,6 +93,12 @@ enum Command {
     /// Measure, as a table or JSON
     #[command(subcommand)]
     Bench(Box<bench::BenchCommand>),
+    /// The other process of `bench ipc`
+    #[command(hide = true)]
+    BenchPeer(lab::ringbench::peer::Args),
+    /// The ring between two processes, for scripts/run_demo.sh
+    #[command(hide = true)]
+    RingDemo(lab::ringbench::demo::Args),
     /// Print the completions of a shell
     Completions(completions::CompletionsArgs),
     /// Write the manual pages into a directory
@@ -150,6 +156,8 @@ fn dispatch(command: Command, context: &Context) -> Outcome {
         Command::Recv(args) => recv::run(&args, context),
         Command::Demo(args) => demo::run(&args, context),
         Command::Bench(command) => bench::run(&command, context),
+        Command::BenchPeer(args) => lab::ringbench::peer::run(&args).map(|()| OK).map_err(bench::failed),
+        Command::RingDemo(args) => lab::ringbench::demo::run(&args).map_err(bench::failed),
         Command::Completions(args) => completions::run(&args, context),
         Command::Man(args) => man::run(&args, context),
     }

@@ -16,6 +16,7 @@ pub mod packet;
 pub mod payload;
 pub mod process;
 pub mod recv;
+pub mod ringbench;
 pub mod send;
 pub mod socket;
 pub mod sockets_relay;

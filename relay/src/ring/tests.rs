@@ -1,6 +1,5 @@
 //! The ring on one thread and on two, and what a hostile peer can do to it.
-#![expect(clippy::unwrap_used, reason = "a test that cannot make its ring has failed")]
-
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 use super::*;
 use std::sync::Arc;
 

@@ -3,7 +3,7 @@
 //! The element at index i *is* i, so loss, repetition and tearing show at once. 50 kills a role; RELAY_CRASH_ROUNDS asks for more.
 //! The children are this test binary again, told by the environment to play `crash_child`.
 use super::channel::duplicate;
-use super::discovery::{CONTROL, Place, parse_place, take_fd};
+use super::discovery::{CONTROL, Place, STATUS, WORKER_ID, parse_place, take_fd};
 use super::*;
 use crate::ring::{Consumer, Layout, Producer, Received, init_at};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 const ROLE: &str = "RELAY_TEST_CRASH_ROLE";
 const CAPACITY: u32 = 64;
+const READERS: u32 = 8;
+const GATED_MESSAGES: u64 = 20_000;
 
 fn rounds() -> u64 {
     std::env::var("RELAY_CRASH_ROUNDS").ok().and_then(|count| count.parse().ok()).unwrap_or(50)
@@ -39,13 +41,13 @@ fn consume(consumer: &mut Consumer<u64>, limit: u32) -> u32 {
     count
 }
 
-/// Not a test of its own: what a child of the tests below does until it is killed, or ten seconds have passed.
+/// Not a test of its own: what a child of the tests below does until it is killed, or thirty seconds have passed.
 #[test]
 fn crash_child() {
     let Some(role) = std::env::var_os(ROLE) else { return };
     let Ok(Place::Fd(number)) = parse_place(CONTROL, std::env::var_os(CONTROL)) else { panic!("no descriptor") };
     let fd = take_fd(CONTROL, number).unwrap();
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + Duration::from_secs(30);
     match role.to_str().unwrap() {
         "producer" => {
             let mut producer = Producer::attach(Arc::new(Segment::join(fd, Access::ReadWrite).unwrap()), 0).unwrap();
@@ -66,6 +68,23 @@ fn crash_child() {
             while Instant::now() < end {
                 (0..50).for_each(|_| writer.send(&[writer.sent() + 1; 3]).unwrap());
                 std::thread::sleep(Duration::from_micros(20)); // laps the reader now and then, not always
+            }
+        }
+        "reader" => {
+            let Ok(Place::Fd(gate)) = parse_place(STATUS, std::env::var_os(STATUS)) else { panic!("no gate") };
+            let number = std::env::var(WORKER_ID).unwrap().parse().unwrap();
+            let mut reader = Reader::<[u64; 3]>::open_gated(fd, take_fd(STATUS, gate).unwrap(), READERS, number).unwrap();
+            let mut expected = 1;
+            while expected <= GATED_MESSAGES {
+                assert!(Instant::now() < end, "silent after {expected}");
+                match reader.receive() {
+                    Received::Message(message) => {
+                        assert_eq!(message, [expected; 3], "torn, lost or repeated");
+                        expected += 1;
+                    }
+                    Received::Empty => std::thread::yield_now(),
+                    Received::Overrun(lost) => panic!("gated, and lost {lost}"),
+                }
             }
         }
         other => panic!("unknown role {other}"),
@@ -161,4 +180,31 @@ fn req_000_1_killed_writers_leave_the_channel_to_a_successor() {
     }
     assert_eq!(reader.header().epoch(), rounds() + 1);
     nothing_left_behind();
+}
+
+#[test]
+fn req_000_2_eight_gated_reader_processes_see_every_message_whole() {
+    let mut writer = Writer::<[u64; 3]>::create_gated("relay-crash", CAPACITY, READERS).unwrap();
+    let fds = [duplicate(writer.as_fd()).unwrap(), duplicate(writer.gate_fd().unwrap()).unwrap()];
+    fds.iter().for_each(|fd| _ = fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())).unwrap());
+    (0..READERS).for_each(|reader| writer.admit(reader));
+    let start = |reader: u32| {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "shm::crash::crash_child", "--nocapture"]).stdout(Stdio::null()).env(ROLE, "reader");
+        command.env(CONTROL, format!("fd:{}", fds[0].as_raw_fd())).env(STATUS, format!("fd:{}", fds[1].as_raw_fd()));
+        command.env(WORKER_ID, reader.to_string()).spawn().unwrap()
+    };
+    let mut children: Vec<_> = (0..READERS).map(start).collect();
+    let started = Instant::now();
+    for number in 1..=GATED_MESSAGES {
+        while let Err(behind) = writer.send(&[number; 3]) {
+            let late = started.elapsed() > Duration::from_secs(25);
+            if late {
+                children.iter_mut().for_each(|child| _ = child.kill());
+            }
+            assert!(!late, "at {number}: {behind}");
+            std::thread::yield_now();
+        }
+    }
+    assert!(children.iter_mut().all(|child| child.wait().unwrap().success()));
 }

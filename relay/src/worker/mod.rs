@@ -5,10 +5,14 @@
 //! io_uring of the packet path.
 
 pub mod adopt;
+pub mod error;
 pub mod ledger;
+pub mod partition;
 pub mod port;
+pub mod recovery;
 pub mod run;
 pub mod snapshot;
+pub mod team;
 pub mod wait;
 
 use std::process::ExitCode;
