@@ -10,6 +10,8 @@ use relay::lab::process::signal_pid;
 use relay::lab::recv::{Report, Verdict};
 use relay_tests::process::{sockets, wait_replaced};
 use relay_tests::{Lab, Listener, assert_frames_conserved, assert_rules_conserved, needs_root, send_args, send_in_background, start_relay};
+use serde_json::Value;
+use std::collections::BTreeSet;
 use std::hash::{BuildHasher, Hasher};
 use std::time::{Duration, Instant};
 
@@ -41,7 +43,10 @@ fn run(plan: &Plan) -> Report {
     let mut args = vec!["--rule", &rule];
     args.extend(plan.args);
     let relay = start_relay(&lab, &args).unwrap();
-    let before = sockets(relay.pid());
+    // Those of clients come and go: what is there twice stays.
+    let first = sockets(relay.pid());
+    std::thread::sleep(Duration::from_millis(200));
+    let before: BTreeSet<String> = sockets(relay.pid()).intersection(&first).cloned().collect();
     // Long enough for all kills, and for a look at the end.
     let count = plan.rate * (plan.kills * 250 + 1_500) / 1_000;
     let listener = Listener::on(lab.sink(1), "k1", &REWRITTEN.to_string(), Some(count)).unwrap();
@@ -78,11 +83,22 @@ fn settle(relay: &relay_tests::RelayProcess) {
             assert_frames_conserved(&stats);
             assert_rules_conserved(&stats);
             println!("frames {}", stats["frames"]);
+            println!("drops {}", drops(&stats));
             return;
         }
         assert!(begin.elapsed() < Duration::from_secs(2), "frames in a hand though all is quiet: {}", stats["frames"]);
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// Every drop that the relay has counted, by name.
+fn drops(stats: &Value) -> String {
+    let rules = stats["rules"].as_array().into_iter().flatten();
+    let outputs = rules.clone().flat_map(|rule| rule["outputs"].as_array().into_iter().flatten());
+    let places = rules.chain(outputs).chain(stats["interfaces"].as_array().into_iter().flatten());
+    let all = places.filter_map(|place| place["drops"].as_object()).flatten();
+    let counted = all.filter(|(_, count)| count.as_u64() != Some(0));
+    counted.map(|(name, count)| format!("{name} {count}")).collect::<Vec<_>>().join(", ")
 }
 
 /// Figures: the longest silences, one for each kill, and how long successors took.
