@@ -225,9 +225,8 @@ impl Run {
     /// Sends each of `sends` in turn and listens; repeats while a receiver spoils it.
     pub fn of(lab: &Lab, relay: &RelayProcess, sends: &[send::Args], listens: &[Listen<'_>]) -> Result<Self> {
         for _ in 0..ATTEMPTS {
-            let waits = Waits::of(relay)?;
-            let run = Self::once(lab, relay, sends, listens)?;
-            let starved = waits.starved(relay)?.filter(|_| run.reports.iter().any(|report| report.lost > 0));
+            let (run, starved) = Self::once(lab, relay, sends, listens)?;
+            let starved = starved.filter(|_| run.reports.iter().any(|report| report.lost > 0));
             if starved.is_none() && run.reports.iter().all(|report| report.verdict != Verdict::Void) {
                 return Ok(run);
             }
@@ -236,16 +235,18 @@ impl Run {
         anyhow::bail!("{ATTEMPTS} runs in a row were void: the machine is too busy to judge the relay")
     }
 
-    fn once(lab: &Lab, relay: &RelayProcess, sends: &[send::Args], listens: &[Listen<'_>]) -> Result<Self> {
+    fn once(lab: &Lab, relay: &RelayProcess, sends: &[send::Args], listens: &[Listen<'_>]) -> Result<(Self, Option<f64>)> {
         let before = relay.stats()?;
         let open = |(link, group, expected): &Listen<'_>| {
             Listener::on(lab.sink(*link), &format!("k{link}"), group, (*expected > 0).then_some(*expected))
         };
         let listeners = listens.iter().map(open).collect::<Result<Vec<_>>>()?;
+        let waits = Waits::of(relay)?;
         for args in sends {
             let sent = crate::send(lab, args)?;
             ensure!(Some(sent.sent) == args.count, "the sender sent {} of {:?}", sent.sent, args.count);
         }
+        let starved = waits.starved(relay)?;
         if listens.iter().all(|(_, _, expected)| *expected == 0) {
             std::thread::sleep(Duration::from_millis(150));
         }
@@ -259,7 +260,7 @@ impl Run {
         for (at, listener) in none {
             reports.insert(at, listener.finish()?);
         }
-        Ok(Self { reports: reports.into_values().collect(), before, after: relay.stats()? })
+        Ok((Self { reports: reports.into_values().collect(), before, after: relay.stats()? }, starved))
     }
 
     /// Every listener got exactly what it expects, once, in order, whole.
