@@ -15,8 +15,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 pub mod golden;
-pub mod process;
 pub mod paths;
+pub mod process;
 
 pub use relay::lab::{Lab, LabSpec, RelayProcess};
 

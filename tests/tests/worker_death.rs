@@ -4,6 +4,8 @@
 //! Short form: 20 kills at 100 kpps on each path. `RELAY_TEST_LONG=1`: 200 kills at 200 kpps. Loss and repetition are
 //! asserted always, silence only in the long form: on a loaded machine it says more of the machine.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot set up its world has failed")]
+
 use nix::sys::signal::Signal;
 use relay::lab::arms::{GROUP, REWRITTEN};
 use relay::lab::process::signal_pid;

@@ -4,10 +4,10 @@
 //! The worlds are small, so that every kill of the first worker meets (nearly) every kill of the second.
 
 use super::egress::{Egress, EgressPort, PortState};
-use super::held::HeldMap;
 use super::ingress::{Ingress, IngressParts, IngressPort};
 use super::journal::Journal;
 use super::table::{OutputPlan, RulePlan, Table};
+use crate::frame::held::HeldMap;
 use crate::frame::{FRAME_SIZE, Pool, RawDesc, Umem};
 use crate::nic::Transmit;
 use crate::nic::memory::{Arrival, MemoryReceive, MemoryTransmit, SharedWire, Wire};

@@ -6,11 +6,11 @@
 //! The losing design: frames shared by several outputs with a count (DECISIONS §2) saves a memcpy of 1–4 % and costs a
 //! shared count that a kill can leave wrong.
 
-use super::held::HeldMap;
 use super::journal::{Armed, EgressMark, Journal, MOVE_RECYCLE, MOVE_REFILL, Move, SAVED_LEN, SavedHeader};
 use super::rewrite::{Checked, inspect, rewrite};
 use super::table::{OutputPlan, RulePlan, Table};
 use super::tally::Tally;
+use crate::frame::held::HeldMap;
 use crate::frame::{CONTINUES, FRAME_SIZE, Frame, HEADROOM, MAX_FRAGMENTS, Pool, RawDesc, Umem};
 use crate::nic::{BATCH_DESCS, BATCH_LEN, Batch, Fragment, Packet, Receive, TAKEN_DESCS};
 use crate::plan::counters::{Counter, MAX_PORTS, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx};

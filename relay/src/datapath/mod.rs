@@ -6,7 +6,6 @@
 #[cfg(test)]
 mod crash;
 pub mod egress;
-pub mod held;
 pub mod ingress;
 pub mod journal;
 pub mod recover;

@@ -3,6 +3,7 @@
 //! Must never know a NIC or a rule. Invariant 1: every frame is in exactly one place. A `Frame` is neither Copy nor
 //! Clone; it is made only by [`Umem::claim`] (from a validated ring entry) and ends only by being put into a ring or pool.
 
+pub mod held;
 pub mod pool;
 pub mod umem;
 
