@@ -1,5 +1,4 @@
 //! What a relay leaves behind: nothing, however it ends, and the next start just works (issue 2).
-
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up its world has failed")]
 
 use nix::sys::signal::Signal;

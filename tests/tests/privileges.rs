@@ -1,5 +1,4 @@
 //! Who may do what while the relay relays (DECISIONS §6), and what becomes of a worker that hangs (DECISIONS §5).
-
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up its world has failed")]
 
 use nix::sys::signal::Signal;

@@ -7,7 +7,7 @@ use super::egress::{Egress, EgressPort, PortState};
 use super::ingress::{Ingress, IngressParts, IngressPort};
 use super::journal::Journal;
 use super::table::{OutputPlan, RulePlan, Table};
-use crate::frame::held::HeldMap;
+use crate::frame::HeldMap;
 use crate::frame::{FRAME_SIZE, Pool, RawDesc, Umem};
 use crate::nic::Transmit;
 use crate::nic::memory::{Arrival, MemoryReceive, MemoryTransmit, SharedWire, Wire};

@@ -10,7 +10,7 @@ use super::journal::{Armed, EgressMark, Journal, MOVE_RECYCLE, MOVE_REFILL, Move
 use super::rewrite::{Checked, inspect, rewrite};
 use super::table::{OutputPlan, RulePlan, Table};
 use super::tally::Tally;
-use crate::frame::held::HeldMap;
+use crate::frame::HeldMap;
 use crate::frame::{CONTINUES, FRAME_SIZE, Frame, HEADROOM, MAX_FRAGMENTS, Pool, RawDesc, Umem};
 use crate::nic::{BATCH_DESCS, BATCH_LEN, Batch, Fragment, Packet, Receive, TAKEN_DESCS};
 use crate::plan::counters::{Counter, MAX_PORTS, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx};

@@ -8,12 +8,12 @@
 //! ```
 //! A successor (after pidfd: it sees every store of the dead worker, so compiler order suffices) finishes what it finds:
 //! ARMED: the same packets again from the saved descriptors, hints and headers (a ring may have died, and a pushed tag
-//! overwrites the hint before the packet), with the recorded room and pool, skipping egress rings whose index moved; COMMIT: again, every step of it is idempotent; MOVE: if `to` moved, publish `from`. One journal for each
-//! thread: ingress and egress. Must never be written by anybody but that thread.
+//! overwrites the hint before the packet), with the recorded room and pool, skipping egress rings whose index moved;
+//! COMMIT: again, every step of it is idempotent; MOVE: if `to` moved, publish `from`. One journal for each thread:
+//! ingress and egress. Must never be written by anybody but that thread.
 
 use super::tally::{Increment, MAX_INCREMENTS};
-use crate::frame::Pool;
-use crate::frame::RawDesc;
+use crate::frame::{Pool, RawDesc};
 use crate::nic::{BATCH_LEN, Hint, TAKEN_DESCS};
 use crate::plan::counters::{Counter, MAX_PORTS};
 use crate::plan::work::JOURNAL_LEN;

@@ -3,10 +3,11 @@
 //! Must never know a NIC or a rule. Invariant 1: every frame is in exactly one place. A `Frame` is neither Copy nor
 //! Clone; it is made only by [`Umem::claim`] (from a validated ring entry) and ends only by being put into a ring or pool.
 
-pub mod held;
+mod held;
 pub mod pool;
 pub mod umem;
 
+pub use held::HeldMap;
 pub use pool::Pool;
 pub use umem::{Frame, Umem, UmemError};
 

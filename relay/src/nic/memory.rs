@@ -6,7 +6,7 @@
 //! the kernel would not.
 
 use super::{BATCH_DESCS, BATCH_LEN, Batch, Fragment, Hint, Kick, Packet, Receive, ReceiveCounters, Transmit};
-use crate::frame::held::HeldMap;
+use crate::frame::HeldMap;
 use crate::frame::{CONTINUES, FRAME_SIZE, Frame, HEADROOM, MAX_FRAGMENTS, Pool, RawDesc, Umem};
 use crate::sys::fuse;
 use arrayvec::ArrayVec;

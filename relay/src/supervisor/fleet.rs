@@ -157,7 +157,7 @@ impl Fleet {
     fn slot(&self, id: u32) -> Result<(Slot, Umem), RunError> {
         let create = |name: &str, len| memfd::create(name, len, Writers::Holders).map_err(failed("making shared memory"));
         let (umem, umem_mapping) = create("relay-umem", self.frames as usize * FRAME_SIZE as usize)?;
-        let layout = WorkLayout::new(self.frames, egress_capacity(self.frames));
+        let layout = WorkLayout::new(self.frames, egress_capacity(self.frames, self.split));
         let (work, _) = create("relay-work", layout.len)?;
         let (status_fd, status_mapping) = create("relay-status", STATUS_LEN)?;
         let status = StatusPage::new(&status_mapping).map_err(RunError::failure)?;
@@ -234,7 +234,7 @@ impl Fleet {
             worker: id,
             generation: slot.generation,
             frame_count: self.frames,
-            egress_capacity: egress_capacity(self.frames),
+            egress_capacity: egress_capacity(self.frames, self.split),
             umem_fd: slot.umem.as_raw_fd(),
             work_fd: slot.work.as_raw_fd(),
             rules_fd: self.rules.as_raw_fd(),

@@ -86,9 +86,11 @@ pub fn ring_sizes(frames: u32) -> RingSizes {
     RingSizes { rx: receive, fill: receive, tx: send, completion: send }
 }
 
-/// Slots of each egress ring.
-pub fn egress_capacity(frames: u32) -> u32 {
-    (frames / 8).clamp(64, 2048)
+/// Slots of each egress ring. With an egress thread of its own it takes a whole receive ring: what has gathered there while
+/// a worker was dead comes in faster than that thread may get a CPU.
+pub fn egress_capacity(frames: u32, split: bool) -> u32 {
+    let sizes = ring_sizes(frames);
+    if split { sizes.rx } else { sizes.tx }
 }
 
 /// What a port was before a change: its use, whether our program was on it, rung and reason.

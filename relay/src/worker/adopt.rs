@@ -8,7 +8,7 @@ use super::port::{AnyReceive, AnyTransmit};
 use crate::datapath::egress::{Egress, EgressPort, PortState};
 use crate::datapath::ingress::{Ingress, IngressParts, IngressPort};
 use crate::datapath::journal::Journal;
-use crate::frame::held::HeldMap;
+use crate::frame::HeldMap;
 use crate::frame::{FRAME_SIZE, Pool, RawDesc, Umem};
 use crate::nic::afpacket::{DEFAULT_DEPTH, PacketReceive, PacketTransmit};
 use crate::nic::afxdp::{self, port::AdoptError};

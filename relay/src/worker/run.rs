@@ -297,10 +297,11 @@ impl Worker {
         self.next_life = self.next_life.min(Instant::now());
     }
 
-    /// Takes what is left (not on a planned replacement: a successor finds it in the RX ring) and sends what is in hand.
+    /// Takes what is left (not on a planned replacement, whose successor finds it in the RX ring, nor without a supervisor)
+    /// and sends what is in hand.
     fn drain(mut self) -> Result<(), RunError> {
         let limit = Instant::now() + DRAIN_LIMIT;
-        let replaced = self.control.command() == COMMAND_DRAIN;
+        let replaced = self.control.command() == COMMAND_DRAIN || self.orphaned_at.is_some();
         while !replaced && Instant::now() < limit && self.turn(true)? > 0 {}
         if let Pipeline::Split(link, thread) = self.pipeline {
             link.stop.store(true, Release);

@@ -21,7 +21,7 @@ const ROOMS: [(&str, &[&str]); 15] = [
     ("control", &["rule", "shm", "plan", "sys"]),
     ("worker", &["wire", "rule", "frame", "ring", "shm", "nic", "plan", "datapath", "control", "sys"]),
     ("supervisor", &["wire", "rule", "config", "frame", "ring", "shm", "nic", "plan", "control", "sys"]),
-    ("lab", &["wire", "rule", "frame", "ring", "shm", "nic", "plan", "datapath", "control", "sys"]),
+    ("lab", &["wire", "rule", "frame", "ring", "shm", "nic", "plan", "datapath", "control", "worker", "sys"]),
     ("cli", &["wire", "rule", "config", "shm", "nic", "plan", "control", "worker", "supervisor", "lab", "sys"]),
 ];
 

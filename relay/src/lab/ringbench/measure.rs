@@ -3,8 +3,8 @@
 //! Must never report a figure without the disturbances of its own run.
 
 use super::queues::{Ends, Patience, Receives, Sends};
-use crate::lab::clock::pin_thread;
 use crate::ring::memory::{Heap, Memory, Words};
+use crate::worker::team::pin;
 use anyhow::{Context, Result, ensure};
 use nix::sys::resource::{UsageWho, getrusage};
 use std::sync::Arc;
@@ -40,7 +40,7 @@ impl Place {
 
     /// Pins the calling thread to `cpu`.
     pub fn enter(self, cpu: usize) -> Result<()> {
-        pin_thread(cpu)?;
+        pin(cpu)?;
         if self.fifo { super::fifo::enter().context("SCHED_FIFO (needs CAP_SYS_NICE)") } else { Ok(()) }
     }
 }

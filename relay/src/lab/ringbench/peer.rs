@@ -5,7 +5,7 @@
 use super::BadInput;
 use super::measure::{echo_all, preemptions};
 use super::processes::{Kind, Side};
-use crate::lab::clock::pin_thread;
+use crate::worker::team::pin;
 use anyhow::{Context, Result, bail};
 use std::io::Write;
 
@@ -40,7 +40,7 @@ pub struct Args {
 
 /// Plays the receiving side.
 pub fn run(args: &Args) -> Result<()> {
-    pin_thread(args.cpu)?;
+    pin(args.cpu)?;
     let side = match args.size {
         8 => Side::inherited::<[u64; 1]>(args.kind),
         16 => Side::inherited::<[u64; 2]>(args.kind),
