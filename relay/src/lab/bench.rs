@@ -196,11 +196,19 @@ fn flat_out(lab: &Lab, generator: &mut Generator, args: &Args, errors: &mut Vec<
 }
 
 fn flat_out_once(lab: &Lab, generator: &mut Generator, args: &Args, arm: Arm) -> Result<Run> {
-    let sink = Sink::at_link(lab, 1)?;
+    let sink = sink(lab, arm)?;
     let running = start(lab, args, arm)?;
     let before = running.preemptions().unwrap_or(0);
     let window = generator.window(lab, args.generator_cpu, &sink, args.duration)?;
     Ok(Run { arm, window, preemptions: running.preemptions().unwrap_or(before) - before })
+}
+
+/// The cheapest end for what the arm sends, so that the arm is what is measured.
+fn sink(lab: &Lab, arm: Arm) -> Result<Sink<'_>> {
+    match arm {
+        Arm::Redirect | Arm::Kernel => Sink::at_link(lab, 1),
+        Arm::Xsk | Arm::Packet | Arm::Sockets => Sink::of_stack(lab, 1),
+    }
 }
 
 fn start(lab: &Lab, args: &Args, arm: Arm) -> Result<Running> {
@@ -228,7 +236,7 @@ fn paced(lab: &Lab, args: &Args, rate: u64, errors: &mut Vec<String>) -> Vec<Run
 }
 
 fn paced_once(lab: &Lab, args: &Args, arm: Arm, rate: u64) -> Result<Run> {
-    let sink = Sink::at_link(lab, 1)?;
+    let sink = sink(lab, arm)?;
     let running = start(lab, args, arm)?;
     let (switches, before) = (running.preemptions().unwrap_or(0), sink.count()?);
     let drops = sink_drops(lab)?;

@@ -86,7 +86,7 @@ impl Generator {
 
     /// Sends flat out for a little longer than `length` and looks at `sink` from outside. One call covers the window, so that
     /// no stall falls into it; where the path turned out faster than the probe said, it is done again with more packets.
-    pub fn window(&mut self, lab: &Lab, cpu: usize, sink: &Sink, length: Duration) -> Result<Window> {
+    pub fn window(&mut self, lab: &Lab, cpu: usize, sink: &Sink<'_>, length: Duration) -> Result<Window> {
         let probe = self.send(lab, cpu, PROBE)?.saturating_sub(STALL);
         let mut rate = f64::from(PROBE) / probe.as_secs_f64().max(1e-3);
         let mut window = Window::default();
@@ -100,7 +100,7 @@ impl Generator {
         Ok(window)
     }
 
-    fn window_once(&mut self, lab: &Lab, cpu: usize, sink: &Sink, length: Duration, rate: f64) -> Result<Window> {
+    fn window_once(&mut self, lab: &Lab, cpu: usize, sink: &Sink<'_>, length: Duration, rate: f64) -> Result<Window> {
         let repeat = (rate * (length + WARM_UP * 2).as_secs_f64()).min(MAX_REPEAT) as u32;
         let (before, drops) = (self.program.count()?, sink_drops(lab)?);
         let (seconds, delivered, duration) = std::thread::scope(|scope| {
@@ -118,15 +118,13 @@ impl Generator {
     }
 }
 
-/// Packets dropped between `r1` and its peer so far (transmit drops of `r1`, eleventh column of /proc/net/dev).
+/// Packets dropped between `r1` and its peer so far (transmit drops of `r1`).
 pub fn sink_drops(lab: &Lab) -> Result<u64> {
-    let text = lab.relay.run(|| std::fs::read_to_string("/proc/thread-self/net/dev"))?.map_err(LabError::io("/proc/net/dev"))?;
-    let line = text.lines().find_map(|line| line.trim().strip_prefix("r1:")).unwrap_or_default();
-    Ok(line.split_whitespace().nth(11).and_then(|n| n.parse().ok()).unwrap_or(0))
+    device_counter(&lab.relay, "r1", 11)
 }
 
 /// Warms up, then counts for `length`.
-fn observe(sink: &Sink, length: Duration) -> Result<(f64, u64)> {
+fn observe(sink: &Sink<'_>, length: Duration) -> Result<(f64, u64)> {
     std::thread::sleep(WARM_UP);
     let (begin, before) = (Instant::now(), sink.count()?);
     std::thread::sleep(length);
@@ -134,16 +132,27 @@ fn observe(sink: &Sink, length: Duration) -> Result<(f64, u64)> {
     Ok((seconds, after - before))
 }
 
-/// A counting, dropping program on an interface.
+/// What counts the packets that arrive.
 #[derive(Debug)]
-pub struct Sink {
-    program: LabProgram,
+pub enum Sink<'a> {
+    /// A counting, dropping program: the cheapest end of packets that come as XDP frames (it copies every skb).
+    Program(LabProgram),
+    /// The interface's own counter, without NAPI; nobody has joined the group, so the stack drops at once. The cheapest end
+    /// of packets that come as skbs.
+    Interface(&'a super::Namespace, String),
 }
 
-impl Sink {
-    /// Counts on `kN`.
+impl<'a> Sink<'a> {
+    /// Counts XDP frames on `kN`.
     pub fn at_link(lab: &Lab, link: u32) -> Result<Self> {
         Self::attach(lab.sink(link), &format!("k{link}"))
+    }
+
+    /// Counts skbs on `kN`.
+    pub fn of_stack(lab: &'a Lab, link: u32) -> Result<Self> {
+        let (namespace, iface) = (lab.sink(link), format!("k{link}"));
+        namespace.output("ethtool", &["-K", &iface, "gro", "off"])?;
+        Ok(Self::Interface(namespace, iface))
     }
 
     /// Counts on `r0`, where the relay would be: the generator's ceiling.
@@ -154,11 +163,30 @@ impl Sink {
     fn attach(namespace: &super::Namespace, iface: &str) -> Result<Self> {
         let mut program = LabProgram::load()?;
         namespace.run(|| program.attach("lab_drop", socket::ifindex(iface)?))??;
-        Ok(Self { program })
+        Ok(Self::Program(program))
     }
 
     /// Packets so far.
     pub fn count(&self) -> Result<u64> {
-        self.program.count()
+        match self {
+            Self::Program(program) => program.count(),
+            Self::Interface(namespace, iface) => device_counter(namespace, iface, 1),
+        }
     }
+}
+
+impl Drop for Sink<'_> {
+    fn drop(&mut self) {
+        if let Self::Interface(namespace, iface) = self {
+            // The next sink may need NAPI; if this fails, its row shows nothing and says so.
+            let _ = namespace.output("ethtool", &["-K", iface, "gro", "on"]);
+        }
+    }
+}
+
+/// A column of an interface's line in /proc/net/dev.
+fn device_counter(namespace: &super::Namespace, iface: &str, column: usize) -> Result<u64> {
+    let text = namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/dev"))?.map_err(LabError::io("/proc/net/dev"))?;
+    let line = text.lines().find_map(|line| line.trim().strip_prefix(&format!("{iface}:")).map(str::to_owned)).unwrap_or_default();
+    Ok(line.split_whitespace().nth(column).and_then(|n| n.parse().ok()).unwrap_or(0))
 }

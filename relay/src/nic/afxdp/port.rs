@@ -130,6 +130,9 @@ impl Receive for XskReceive {
     fn receive(&mut self, umem: &Umem, max: usize, batch: &mut Batch, spare: &mut ArrayVec<Frame, BATCH_DESCS>) {
         let available = cursor::filled(self.rx.producer(), self.position).min(BATCH_DESCS as u32);
         self.taken = 0;
+        for index in 0..available.min(max as u32) {
+            umem.prefetch(self.rx.get(self.position.wrapping_add(index)));
+        }
         while batch.len() < max.min(BATCH_LEN) {
             let len = self.packet_len(self.taken, available);
             if len == 0 {
