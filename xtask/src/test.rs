@@ -44,7 +44,7 @@ const STEPS: [Step; 3] = [
     },
     Step {
         name: "model checker",
-        arguments: &["--package", "relay", "--no-default-features", "--lib", "--target-dir", "target/loom", "loom"],
+        arguments: &["--package", "relay-loom", "--release", "--target-dir", "target/loom"],
         has_filter: true,
         test_arguments: &[],
         environment: &[("RUSTFLAGS", "--cfg loom"), ("LOOM_MAX_PREEMPTIONS", "3")],
