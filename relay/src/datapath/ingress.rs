@@ -135,6 +135,11 @@ impl<R: Receive> Ingress<R> {
         &mut self.ports
     }
 
+    /// Whether an egress ring is more than half full: whoever empties it wants for a CPU, or its output stalls.
+    pub fn is_pressed(&mut self) -> bool {
+        self.egress.iter_mut().flatten().any(|ring| ring.free_for(ring.capacity() / 2) < ring.capacity() / 2)
+    }
+
     /// Free frames.
     pub const fn free_frames(&self) -> u32 {
         self.pool.len()

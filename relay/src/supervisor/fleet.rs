@@ -367,10 +367,11 @@ impl Fleet {
         }
     }
 
-    /// What to poll: pidfds and log pipes.
+    /// What to poll: pidfds, log pipes, life sockets (a worker knocks when it forwards).
     pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.slots.iter().flat_map(|slot| {
-            [slot.child.as_ref().map(|child| child.pidfd.as_fd()), slot.log.as_ref().map(AsFd::as_fd)].into_iter().flatten()
+            let pidfd = slot.child.as_ref().map(|child| child.pidfd.as_fd());
+            [pidfd, slot.log.as_ref().map(AsFd::as_fd), slot.life.as_ref().map(AsFd::as_fd)].into_iter().flatten()
         })
     }
 
@@ -416,6 +417,19 @@ impl Slot {
         now.saturating_sub(Duration::from_nanos(self.status.beat_ns.load(Acquire)))
     }
 
+    /// Takes the knocks from the life socket; what they mean stands in the status page.
+    fn hear(&self) {
+        use nix::sys::socket::{MsgFlags, recv};
+        let Some(life) = &self.life else { return };
+        let mut bytes = [0; 64];
+        // Bounded: a worker that knocks without end can't hold the supervisor.
+        for _ in 0..4 {
+            if !matches!(recv(life.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT), Ok(1..)) {
+                return;
+            }
+        }
+    }
+
     fn kill(&mut self) {
         if let Some(child) = &self.child {
             // ESRCH: it is dead already, and look() will see it.
@@ -427,6 +441,7 @@ impl Slot {
         if self.reap(now, age) {
             return true;
         }
+        self.hear();
         match self.phase {
             Phase::Starting(since) if self.status.state.load(Acquire) == STATE_RUN => {
                 tracing::info!(worker = self.id, pid = self.pid(), took = ?since.elapsed(), recovered = self.status.recovered.load(Acquire), "worker forwards");

@@ -1,5 +1,9 @@
 //! The Run state: recover → prime → turns with housekeeping → drain → halt, fused (one thread) or split (two).
 //!
+//! Two spinning threads and fewer CPUs than they and their neighbours need: then a thread that has nothing to do, or that
+//! has filled a ring for the other, gives its CPU away (sched_yield, one a turn at most). Waiting for the scheduler's slice
+//! to end overflowed the egress ring; never where the worker has one thread or CPUs enough.
+//!
 //! Housekeeping happens when due, never per packet: new epoch, command, heartbeat, supervisor's death. Must never wait
 //! without a bound.
 
@@ -33,6 +37,9 @@ const LIFE_PERIOD: Duration = Duration::from_millis(10);
 const DRAIN_LIMIT: Duration = Duration::from_millis(500);
 /// Longest sleep of an idle worker: the life socket is polled anyway, the heartbeat must not be late.
 const MAX_SLEEP: Duration = Duration::from_millis(50);
+
+/// A split worker with fewer CPUs than this shares them with whoever sends and receives.
+const CROWDED_BELOW: usize = 3;
 
 /// Why a worker gave up.
 #[derive(Debug, thiserror::Error)]
@@ -112,6 +119,7 @@ struct Worker {
     life: OwnedFd,
     table: Table,
     policy: WaitPolicy,
+    crowded: bool,
     next_beat: Instant,
     next_life: Instant,
     orphaned_at: Option<Instant>,
@@ -140,6 +148,7 @@ impl Worker {
         let pipeline = if manifest.split { split(&manifest, egress)? } else { Pipeline::Fused(egress) };
         let now = Instant::now();
         let mut worker = Self {
+            crowded: is_crowded(&manifest),
             manifest,
             control,
             status,
@@ -160,6 +169,7 @@ impl Worker {
         worker.adopt_table(table);
         worker.beat();
         worker.status.state.store(STATE_RUN, Release);
+        wait::knock(&worker.life);
         Ok(worker)
     }
 
@@ -217,6 +227,9 @@ impl Worker {
             Pipeline::Split(link, _) => {
                 if taken > 0 {
                     link.wake();
+                    if self.crowded && self.ingress.is_pressed() {
+                        std::thread::yield_now();
+                    }
                 }
                 taken
             }
@@ -288,7 +301,12 @@ impl Worker {
             Pipeline::Fused(egress) => egress.is_busy(),
             Pipeline::Split(..) => false,
         };
-        let Some(bound) = self.policy.sleep(idle, busy) else { return };
+        let Some(bound) = self.policy.sleep(idle, busy) else {
+            if self.crowded {
+                std::thread::yield_now();
+            }
+            return;
+        };
         let mut fds: Vec<BorrowedFd<'_>> = self.ingress.ports().iter().map(|port| port.receive.as_fd()).collect();
         if self.orphaned_at.is_none() {
             fds.push(self.life.as_fd());
@@ -322,6 +340,11 @@ impl Worker {
     }
 }
 
+/// Whether the threads of a split worker have to share their CPUs. Unknown counts as no.
+fn is_crowded(manifest: &Manifest) -> bool {
+    manifest.split && std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() < CROWDED_BELOW)
+}
+
 fn zero_if_new(serials: &SharedArray<u32>, slot: u32, serial: u32, range: std::ops::Range<usize>, counters: &SharedArray<Counter>) {
     if serials.get(slot as usize) != serial {
         for index in range {
@@ -342,15 +365,21 @@ fn split(manifest: &Manifest, egress: Egress<AnyTransmit>) -> Result<Pipeline, R
         doorbell: doorbell.into(),
     });
     let (ours, cpu) = (Arc::clone(&link), manifest.cpus.get(1).copied());
-    let policy = WaitPolicy::new(manifest.wait, MAX_SLEEP);
+    let (policy, crowded) = (WaitPolicy::new(manifest.wait, MAX_SLEEP), is_crowded(manifest));
     let thread = std::thread::Builder::new()
         .name("egress".into())
-        .spawn(move || egress_thread(egress, &ours, policy, cpu))
+        .spawn(move || egress_thread(egress, &ours, policy, crowded, cpu))
         .map_err(|error| failed(error.to_string()))?;
     Ok(Pipeline::Split(link, thread))
 }
 
-fn egress_thread(mut egress: Egress<AnyTransmit>, link: &Link, policy: WaitPolicy, cpu: Option<usize>) -> Egress<AnyTransmit> {
+fn egress_thread(
+    mut egress: Egress<AnyTransmit>,
+    link: &Link,
+    policy: WaitPolicy,
+    crowded: bool,
+    cpu: Option<usize>,
+) -> Egress<AnyTransmit> {
     // A CPU that can't be used was refused for the first thread already; here the inherited affinity is the fall-back.
     let _ = cpu.map(pin);
     let mut idle_since = None;
@@ -362,7 +391,12 @@ fn egress_thread(mut egress: Egress<AnyTransmit>, link: &Link, policy: WaitPolic
         }
         let now = Instant::now();
         let since = *idle_since.get_or_insert(now);
-        let Some(bound) = policy.sleep(now - since, egress.is_busy()) else { continue };
+        let Some(bound) = policy.sleep(now - since, egress.is_busy()) else {
+            if crowded {
+                std::thread::yield_now();
+            }
+            continue;
+        };
         link.asleep.store(true, Relaxed);
         fence(SeqCst);
         if egress.turn() == 0 && !link.stop.load(Acquire) {

@@ -64,6 +64,14 @@ pub fn life(fd: &OwnedFd) -> Life {
     }
 }
 
+/// Wakes the supervisor through the life socket; it looks at the status page then.
+pub fn knock(fd: &OwnedFd) {
+    use nix::sys::socket::{MsgFlags, send};
+    use std::os::fd::AsRawFd;
+    // A full socket means that it has been woken; a dead supervisor shows at the next reading.
+    let _ = send(fd.as_raw_fd(), &[1], MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
