@@ -6,6 +6,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod datapath;
+pub mod doctor;
 pub mod frame;
 pub mod lab;
 pub mod nic;

@@ -9,6 +9,7 @@ mod check;
 mod completions;
 mod demo;
 mod diff;
+mod doctor;
 pub mod failure;
 mod logs;
 mod man;
@@ -22,6 +23,7 @@ mod stats;
 mod status;
 mod usage;
 pub mod values;
+mod why;
 
 use crate::control::client::Client;
 use crate::control::message::{Request, Response};
@@ -84,6 +86,10 @@ enum Command {
     Status,
     /// Counters of interfaces, rules, outputs and frames
     Stats,
+    /// Examine this machine before packets are lost: each trap in one line, with its remedy; exit code 5 if something fails
+    Doctor(doctor::DoctorArgs),
+    /// Why a rule moves no packets, in sentences; exit code 5 if it does not
+    Why(why::WhyArgs),
     /// Send numbered, stamped datagrams at a steady rate
     Send(lab::send::Args),
     /// Receive and verify what `send` sent; the exit code is the verdict
@@ -152,6 +158,8 @@ fn dispatch(command: Command, context: &Context) -> Outcome {
         Command::Check(args) => check::run(&args, context),
         Command::Status => status::run(context),
         Command::Stats => stats::run(context),
+        Command::Doctor(args) => doctor::run(&args, context),
+        Command::Why(args) => why::run(&args, context),
         Command::Send(args) => send::run(&args, context),
         Command::Recv(args) => recv::run(&args, context),
         Command::Demo(args) => demo::run(&args, context),

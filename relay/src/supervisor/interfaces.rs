@@ -39,6 +39,10 @@ pub struct Interface {
     pub carrier: bool,
     /// Loopback.
     pub loopback: bool,
+    /// Takes part in multicast (`ip link set … multicast on`); without it the kernel sends no IGMP there.
+    pub multicast: bool,
+    /// Takes every multicast frame, or every frame, whatever its MAC filter says.
+    pub unfiltered: bool,
     /// IPv4 and IPv6 addresses in the kernel's order (primary first).
     pub addresses: Vec<Address>,
     /// RX queues in use.
@@ -119,6 +123,11 @@ impl Interfaces {
         Ok(by_index.into_values().map(|interface| (interface.name.clone(), interface)).collect())
     }
 
+    /// `ETHTOOL_GFLAGS` (linux/ethtool.h): `ETH_FLAG_*` bits of the interface's offloads.
+    pub fn offloads(&self, interface: &str) -> std::io::Result<u32> {
+        kernel::ethtool_value(self.ethtool.as_fd(), interface, 0x25)
+    }
+
     /// Netlink counts the queues that exist, ethtool those in use. Drivers without ethtool keep netlink's count.
     fn ask_driver(&self, interface: &mut Interface) {
         let socket = self.ethtool.as_fd();
@@ -146,6 +155,8 @@ fn interface(message: &RouteNetlinkMessage) -> Option<Interface> {
         up: flags.contains(LinkFlags::Up),
         carrier: flags.contains(LinkFlags::LowerUp),
         loopback: flags.contains(LinkFlags::Loopback),
+        multicast: flags.contains(LinkFlags::Multicast),
+        unfiltered: flags.intersects(LinkFlags::Promisc | LinkFlags::Allmulti),
         rx_queues: 1,
         tx_queues: 1,
         ..Interface::default()

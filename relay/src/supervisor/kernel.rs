@@ -130,10 +130,19 @@ pub(super) struct Channels {
 const _: () = assert!(size_of::<DriverInfo>() == 196);
 const _: () = assert!(size_of::<Channels>() == 36);
 
+/// `struct ethtool_value` (linux/ethtool.h).
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Value {
+    command: u32,
+    data: u32,
+}
+
 /// An ethtool request is a C structure that starts with its command and is overwritten by the answer.
 trait EthtoolRequest: Copy {}
 impl EthtoolRequest for DriverInfo {}
 impl EthtoolRequest for Channels {}
+impl EthtoolRequest for Value {}
 
 fn ethtool<T: EthtoolRequest>(socket: BorrowedFd<'_>, interface: &str, request: &mut T) -> io::Result<()> {
     let mut name: [libc::c_char; libc::IFNAMSIZ] = [0; libc::IFNAMSIZ];
@@ -145,7 +154,7 @@ fn ethtool<T: EthtoolRequest>(socket: BorrowedFd<'_>, interface: &str, request: 
     }
     let data = std::ptr::from_mut(request).cast();
     let mut header = libc::ifreq { ifr_name: name, ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_data: data } };
-    // SAFETY: both requests of this file have the size and layout the kernel writes for their command.
+    // SAFETY: all requests of this file have the size and layout the kernel writes for their command.
     check(unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL as _, &raw mut header) })
 }
 
@@ -154,6 +163,13 @@ pub(super) fn driver_info(socket: BorrowedFd<'_>, interface: &str) -> io::Result
     let mut request = DriverInfo { command: 0x03, driver: [0; 32], rest: [0; 160] };
     ethtool(socket, interface, &mut request)?;
     Ok(request)
+}
+
+/// A question whose answer is one number, such as `ETHTOOL_GFLAGS`.
+pub(super) fn ethtool_value(socket: BorrowedFd<'_>, interface: &str, command: u32) -> io::Result<u32> {
+    let mut request = Value { command, data: 0 };
+    ethtool(socket, interface, &mut request)?;
+    Ok(request.data)
 }
 
 /// `ETHTOOL_GCHANNELS`.

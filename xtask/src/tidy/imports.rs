@@ -7,7 +7,7 @@ use crate::source::Source;
 use crate::stats::words;
 
 /// A room of `relay/src` and the rooms it may name, in reading order.
-const ROOMS: [(&str, &[&str]); 15] = [
+const ROOMS: [(&str, &[&str]); 16] = [
     ("wire", &[]),
     ("rule", &["wire"]),
     ("config", &["rule", "wire"]),
@@ -22,7 +22,8 @@ const ROOMS: [(&str, &[&str]); 15] = [
     ("worker", &["wire", "rule", "frame", "ring", "shm", "nic", "plan", "datapath", "control", "sys"]),
     ("supervisor", &["wire", "rule", "config", "frame", "ring", "shm", "nic", "plan", "control", "sys"]),
     ("lab", &["wire", "rule", "frame", "ring", "shm", "nic", "plan", "datapath", "control", "worker", "sys"]),
-    ("cli", &["wire", "rule", "config", "shm", "nic", "plan", "control", "worker", "supervisor", "lab", "sys"]),
+    ("doctor", &["wire", "rule", "frame", "nic", "plan", "control", "supervisor", "sys"]),
+    ("cli", &["wire", "rule", "config", "shm", "nic", "plan", "control", "worker", "supervisor", "lab", "doctor", "sys"]),
 ];
 
 /// Text that must not stand in a room's product code, and why.

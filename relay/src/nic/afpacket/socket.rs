@@ -90,6 +90,17 @@ pub fn open_receive(ifindex: u32, unicast: &[IpAddr], fanout: Option<Fanout>) ->
     Ok(fd)
 }
 
+/// A socket that looks on: everything the interface receives and XDP leaves to the kernel, tags in PACKET_AUXDATA. For
+/// `relay doctor` and `relay why`, never for the data path. Needs CAP_NET_RAW.
+pub fn open_listen(ifindex: u32) -> Result<OwnedFd, SocketError> {
+    let at = |call| move |errno| SocketError { call, ifindex, errno };
+    let fd = create().map_err(at("socket"))?;
+    set_option(&fd, libc::SOL_PACKET, libc::PACKET_AUXDATA, &1).map_err(at("PACKET_AUXDATA"))?;
+    set_option(&fd, libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, &1).map_err(at("PACKET_IGNORE_OUTGOING"))?;
+    bind(&fd, ifindex, libc::ETH_P_ALL as u16).map_err(at("bind"))?;
+    Ok(fd)
+}
+
 /// A socket that sends to the interface, past its queueing discipline where the kernel lets it.
 pub fn open_send(ifindex: u32) -> Result<OwnedFd, SocketError> {
     let at = |call| move |errno| SocketError { call, ifindex, errno };

@@ -9,7 +9,7 @@ mod query;
 
 pub use error::ProgramError;
 pub use link::{Attachment, Mode};
-pub use query::{InterfaceXdp, interface_xdp};
+pub use query::{InterfaceXdp, interface_xdp, program_name as name_of};
 
 use aya::maps::{HashMap, LpmTrie, MapData, MapError, PerCpuArray, XskMap, lpm_trie::Key};
 use aya::programs::Xdp;

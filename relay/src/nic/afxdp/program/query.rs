@@ -78,8 +78,8 @@ fn request(ifindex: u32) -> Vec<u8> {
     bytes
 }
 
-/// Needs CAP_SYS_ADMIN, which the supervisor lacks; the id alone will do then.
-fn program_name(id: u32) -> String {
+/// A program's name. Needs CAP_SYS_ADMIN, which the supervisor lacks; the id alone will do then (`unnamed`).
+pub fn program_name(id: u32) -> String {
     let known = aya::programs::loaded_programs().flatten().find(|program| program.id() == id);
     let name = known.and_then(|program| program.name_as_str().map(str::to_owned));
     name.filter(|name| !name.is_empty()).unwrap_or_else(|| "unnamed".to_owned())
