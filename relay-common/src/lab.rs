@@ -22,3 +22,20 @@ pub struct Template {
 }
 
 const _: () = assert!(size_of::<Template>() == 2064);
+
+/// Value of map `LAB_PACE` (array, one entry): when `lab_generate` sends. Times are CLOCK_MONOTONIC, ns. 24 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pace {
+    /// Between two packets; 0: no pace, every packet of the test run is sent.
+    pub interval_ns: u64,
+    /// When the next packet is due; written by the program.
+    pub next_ns: u64,
+    /// From then on nothing is sent; 0 with an interval: nothing is sent at all.
+    pub until_ns: u64,
+}
+
+const _: () = assert!(size_of::<Pace>() == 24);
+
+/// A paced generator that fell behind by more than this leaves out what it missed: no burst afterwards.
+pub const CATCH_UP_NS: u64 = 1_000_000;

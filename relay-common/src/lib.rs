@@ -218,5 +218,5 @@ mod pod {
             unsafe impl aya::Pod for $t {}
         )+};
     }
-    pod!(IngressConfig, MatchKey, MatchEntry, SourceKey, SourceVerdict, RedirectMeta, CounterValue, lab::Template);
+    pod!(IngressConfig, MatchKey, MatchEntry, SourceKey, SourceVerdict, RedirectMeta, CounterValue, lab::Template, lab::Pace);
 }

@@ -66,7 +66,7 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "ADDR")]
     metrics: Option<SocketAddr>,
     /// Frames of packet memory per worker, 2 KiB each, a power of two
-    #[arg(long, value_name = "N", default_value = "16384", value_parser = values::frames)]
+    #[arg(long, value_name = "N", default_value = "32768", value_parser = values::frames)]
     frames: u32,
     /// How often a worker shows that it lives
     #[arg(long, value_name = "DURATION", default_value = "100ms", value_parser = values::period)]

@@ -3,11 +3,11 @@
 //! LIMITS.md, "Rules for a figure", is the law here: the generator's ceiling is named, arms alternate, medians come with minimum
 //! and maximum, and what disturbed a run is said with it. Must never report what the relay says about itself as delivered.
 
-use super::arms::{Arm, GROUP, REWRITTEN, Running, TTL};
+use super::arms::{Arm, GROUP, REWRITTEN, Running};
 use super::clock;
 use super::error::{LabError, Result};
 use super::generator::{Generator, Sink, Window, sink_drops};
-use super::send::{self, parse_duration};
+use super::send::parse_duration;
 use super::topology::Lab;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -39,7 +39,7 @@ pub struct Args {
     /// Bytes of payload
     #[arg(long, default_value_t = 64, value_name = "B", value_parser = clap::value_parser!(u16).range(1..=1472))]
     pub payload: u16,
-    /// Instead of flat out: packets a second from a paced AF_XDP source, one run a row, loss reported
+    /// Instead of flat out: packets a second from a paced source, one run a row, loss reported
     #[arg(long, value_name = "N")]
     pub rate: Option<u64>,
     /// CPU of the generator
@@ -150,7 +150,7 @@ pub fn measure(args: &Args) -> Result<Report> {
     report.generator_ceiling_pps = ceiling(&lab, &mut generator, args)?;
     let runs = match args.rate {
         None => flat_out(&lab, &mut generator, args, &mut report.errors),
-        Some(rate) => paced(&lab, args, rate, &mut report.errors),
+        Some(rate) => paced(&lab, &mut generator, args, rate, &mut report.errors),
     };
     report.ping_pong_ns.push(clock::ping_pong_ns(args.generator_cpu, args.cpus)?);
     report.rows = args.rows.iter().filter_map(|arm| row(args, *arm, &runs, report.generator_ceiling_pps)).collect();
@@ -223,11 +223,11 @@ pub fn program(given: Option<&PathBuf>) -> Result<PathBuf> {
 }
 
 /// One paced run a row: every packet is counted in and out.
-fn paced(lab: &Lab, args: &Args, rate: u64, errors: &mut Vec<String>) -> Vec<Run> {
+fn paced(lab: &Lab, generator: &mut Generator, args: &Args, rate: u64, errors: &mut Vec<String>) -> Vec<Run> {
     let mut runs = Vec::new();
     for arm in &args.rows {
         eprintln!("{}: {rate} packets a second for {:?}", arm.name(), args.duration);
-        match paced_once(lab, args, *arm, rate) {
+        match paced_once(lab, generator, args, *arm, rate) {
             Ok(run) => runs.push(run),
             Err(error) => errors.push(format!("row {}: {error}", arm.name())),
         }
@@ -235,39 +235,21 @@ fn paced(lab: &Lab, args: &Args, rate: u64, errors: &mut Vec<String>) -> Vec<Run
     runs
 }
 
-fn paced_once(lab: &Lab, args: &Args, arm: Arm, rate: u64) -> Result<Run> {
+fn paced_once(lab: &Lab, generator: &mut Generator, args: &Args, arm: Arm, rate: u64) -> Result<Run> {
     let sink = sink(lab, arm)?;
     let running = start(lab, args, arm)?;
     let (switches, before) = (running.preemptions().unwrap_or(0), sink.count()?);
     let drops = sink_drops(lab)?;
-    let load = paced_load(args, rate);
-    let sent = lab.src.run(|| send::send(&load))??;
+    let sent = generator.paced(lab, args.generator_cpu, rate, args.duration)?;
     std::thread::sleep(Duration::from_millis(300));
     let window = Window {
-        offered: sent.sent,
+        offered: sent,
         delivered: sink.count()? - before,
-        seconds: sent.duration_ms / 1e3,
+        seconds: args.duration.as_secs_f64(),
         sink_drops: sink_drops(lab)? - drops,
         covered: true,
     };
     Ok(Run { arm, window, preemptions: running.preemptions().unwrap_or(switches) - switches })
-}
-
-fn paced_load(args: &Args, rate: u64) -> send::Args {
-    send::Args {
-        iface: "s0".into(),
-        to: GROUP,
-        rate,
-        count: None,
-        size: args.payload,
-        ttl: TTL,
-        dscp: 0,
-        source: None,
-        duration: Some(args.duration),
-        first: 0,
-        backend: send::Backend::Xsk,
-        cpu: Some(args.generator_cpu),
-    }
 }
 
 /// Medians of one row; `None` where no run succeeded.

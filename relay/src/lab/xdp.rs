@@ -9,7 +9,7 @@ use aya::programs::links::FdLink;
 use aya::programs::{TestRun, TestRunAttrs, TestRunOptions, Xdp, XdpMode};
 use aya::{Ebpf, EbpfLoader};
 use relay_common::CounterValue;
-use relay_common::lab::{TEMPLATE_LEN, Template};
+use relay_common::lab::{Pace, TEMPLATE_LEN, Template};
 use std::os::fd::AsRawFd;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../nic/afxdp/object/lab.bpf.o");
@@ -87,6 +87,13 @@ impl LabProgram {
         let map = self.ebpf.map_mut("LAB_TEMPLATE").ok_or_else(|| missing("LAB_TEMPLATE"))?;
         let mut map = Array::<&mut MapData, Template>::try_from(map).map_err(bpf("LAB_TEMPLATE"))?;
         map.set(0, template, 0).map_err(bpf("LAB_TEMPLATE"))
+    }
+
+    /// When `lab_generate` sends.
+    pub fn set_pace(&mut self, pace: Pace) -> Result<()> {
+        let map = self.ebpf.map_mut("LAB_PACE").ok_or_else(|| missing("LAB_PACE"))?;
+        let mut map = Array::<&mut MapData, Pace>::try_from(map).map_err(bpf("LAB_PACE"))?;
+        map.set(0, pace, 0).map_err(bpf("LAB_PACE"))
     }
 
     /// Sends `repeat` packets out of `ifindex` from the calling thread (BPF_PROG_TEST_RUN with live frames).

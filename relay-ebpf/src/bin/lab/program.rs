@@ -6,12 +6,13 @@
 use aya_ebpf::{
     bindings::xdp_action::{XDP_ABORTED, XDP_DROP, XDP_PASS, XDP_TX},
     btf_maps::{Array, DevMap, PerCpuArray, XskMap},
+    helpers::bpf_ktime_get_ns,
     macros::{btf_map, xdp},
     programs::XdpContext,
 };
 use relay_common::{
     CounterValue,
-    lab::{LAB_SLOTS, TEMPLATE_LEN, Template},
+    lab::{CATCH_UP_NS, LAB_SLOTS, Pace, TEMPLATE_LEN, Template},
 };
 use relay_ebpf::{
     packet::{self, Packet},
@@ -27,6 +28,8 @@ static LAB_DEVICES: DevMap<{ LAB_SLOTS as usize }> = DevMap::new();
 static LAB_XSKS: XskMap<{ LAB_SLOTS as usize }> = XskMap::new();
 #[btf_map]
 static LAB_TEMPLATE: Array<Template, 1> = Array::new();
+#[btf_map]
+static LAB_PACE: Array<Pace, 1> = Array::new();
 /// Next sequence number of each CPU.
 #[btf_map]
 static LAB_SEQUENCE: PerCpuArray<u64, 1> = PerCpuArray::new();
@@ -64,14 +67,36 @@ fn lab_xsk(ctx: XdpContext) -> u32 {
     LAB_XSKS.redirect(ctx.rx_queue_index(), u64::from(XDP_PASS)).unwrap_or_else(|action| action)
 }
 
-/// Writes the template over the (recycled) packet of a test run, with the next sequence number, and sends it.
+/// Writes the template over the (recycled) packet of a test run, with the next sequence number, and sends it, if one is due.
 #[xdp(frags)]
 fn lab_generate(ctx: XdpContext) -> u32 {
+    if !is_due() {
+        return XDP_DROP;
+    }
     if generate(&ctx).is_none() {
         return XDP_ABORTED;
     }
     count(&ctx);
     XDP_TX
+}
+
+/// One packet every interval; one thread generates at a time.
+#[inline(always)]
+fn is_due() -> bool {
+    let Some(pace) = LAB_PACE.get_ptr_mut(0) else { return false };
+    // SAFETY: a non-null lookup in an array is its element; no other program writes it while a test run does.
+    let pace = unsafe { &mut *pace };
+    if pace.interval_ns == 0 {
+        return true;
+    }
+    // SAFETY: the helper has no arguments.
+    let now = unsafe { bpf_ktime_get_ns() };
+    if now < pace.next_ns || now >= pace.until_ns {
+        return false;
+    }
+    let late = now - pace.next_ns > CATCH_UP_NS;
+    pace.next_ns = if late { now } else { pace.next_ns } + pace.interval_ns;
+    true
 }
 
 #[inline(always)]
