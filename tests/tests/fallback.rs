@@ -73,6 +73,26 @@ fn a_vlan_falls_back_to_af_packet() {
     falls_back(&lab, "r0.5", "s0.5");
 }
 
+/// Without io_uring the rung below carries the same, and everything says so.
+#[test]
+fn plain_sockets_say_that_they_are_it() {
+    needs_root!();
+    let lab = Lab::simple().unwrap();
+    let rule = "r0 239.1.1.1:5000 -> r1 239.9.9.9:6000; id=only";
+    let mut relay = start_relay(&lab, &["--backend", "packet", "--io-uring", "off", "--rule", rule]).unwrap();
+    for name in ["r0", "r1"] {
+        let seen = interface(&relay, name);
+        assert_eq!(seen["backend"], "af_packet_plain", "{seen}");
+        assert!(seen["reason"].as_str().unwrap().contains("--io-uring off"), "{seen}");
+        assert!(relay.log().contains(&format!("port {name}: af_packet_plain: --io-uring off")), "{}", relay.log());
+    }
+    let rules = relay.rules().unwrap();
+    assert_eq!((&rules[0]["path"], &rules[0]["engine"]), (&"packet".into(), &"plain".into()), "{rules}");
+    forwards(&lab, "s0");
+    assert_counted(&relay);
+    assert!(relay.sigterm(Duration::from_secs(2)).unwrap().success());
+}
+
 /// Generic XDP comes only when asked for, and then it is AF_XDP.
 #[test]
 fn generic_xdp_forwards_when_asked_for() {

@@ -144,6 +144,23 @@ fn a_new_egress_interface_loses_nothing_elsewhere(path: &Path) {
     eprintln!("{}: silence of the rule that stayed {} µs", path.name, report.longest_silence_us);
 }
 
+/// Twenty planned replacements on the packet path, whose io_uring dies with each worker: what the kernel has received into it
+/// is taken before that.
+#[test]
+fn twenty_replacements_of_packet_workers_lose_nothing() {
+    relay_tests::needs_root!();
+    let _turn = paths::turn();
+    under_load(&paths::PACKET, |lab, relay| {
+        for number in 1..=20 {
+            lab.relay.ip_batch(&format!("link add d{number} type dummy\nlink set d{number} up\n"))?;
+            let pids = relay.worker_pids()?;
+            relay.command(&["rule", "add", &format!("r0 239.4.0.{number}:5000 -> d{number}; id=d{number}")])?;
+            ensure!(relay.worker_pids()? != pids, "round {number} replaced no worker");
+        }
+        Ok(())
+    });
+}
+
 /// `relay apply` in one step: the rules that go, those that come, and the one that stays.
 fn apply_swaps_all_rules_but_one(path: &Path) {
     let file = |text: &str| {

@@ -3,6 +3,7 @@
 use super::failure::Failure;
 use super::values::{self, CpuList};
 use super::{Context, OK, Outcome, rules};
+use crate::nic::afpacket::Engines;
 use crate::supervisor;
 use crate::supervisor::options::{BackendChoice, Options, PartitionChoice, PipelineChoice, WaitChoice, XdpMode, ZeroCopyChoice};
 use clap::Args;
@@ -19,6 +20,7 @@ const ZERO_COPY: &[(&str, ZeroCopyChoice)] = &[("auto", ZeroCopyChoice::Auto), (
 const PIPELINES: &[(&str, PipelineChoice)] =
     &[("auto", PipelineChoice::Auto), ("fused", PipelineChoice::Fused), ("split", PipelineChoice::Split)];
 const WAITS: &[(&str, WaitChoice)] = &[("spin", WaitChoice::Spin), ("adaptive", WaitChoice::Adaptive), ("poll", WaitChoice::Poll)];
+const IO_URING: &[(&str, Engines)] = &[("auto", Engines::Best), ("off", Engines::PlainOnly)];
 const PARTITIONS: &[(&str, PartitionChoice)] = &[
     ("flow-hash", PartitionChoice::FlowHash),
     ("consistent", PartitionChoice::Consistent),
@@ -56,6 +58,9 @@ pub(super) struct RunArgs {
     /// How flows are dealt out to several workers
     #[arg(long, value_parser = values::choice(PARTITIONS), default_value = "flow-hash")]
     partition: PartitionChoice,
+    /// Engine of the packet path; off: recvmmsg and sendmmsg
+    #[arg(long, value_parser = values::choice(IO_URING), default_value = "auto")]
+    io_uring: Engines,
     /// What a worker does when idle
     #[arg(long, value_parser = values::choice(WAITS), default_value = "adaptive")]
     wait: WaitChoice,
@@ -104,6 +109,7 @@ fn options(args: RunArgs, context: &Context) -> Result<Options, Failure> {
         workers: args.workers,
         cpus,
         partition: args.partition,
+        io_uring: args.io_uring,
         wait: args.wait,
         linger: args.linger,
         socket: context.global.socket.clone(),

@@ -34,7 +34,17 @@ fn interfaces(interfaces: &[InterfaceInfo], output: &Output) -> String {
         let (queues, reason) = (number(interface.queues), text(&interface.reason));
         table.add_row([text(&interface.name), text(role(interface)), backend, queues, text(&interface.driver), reason]);
     }
-    lines(&mut table)
+    lines(&mut table) + &troubles(interfaces)
+}
+
+/// One line for each interface that would not send.
+fn troubles(interfaces: &[InterfaceInfo]) -> String {
+    let line = |interface: &InterfaceInfo| {
+        let InterfaceInfo { name, sending, refused, kick_errors, .. } = interface;
+        let is_well = matches!(sending.as_str(), "" | "up") && *refused == 0 && *kick_errors == 0;
+        (!is_well).then(|| format!("{name}: sending is {sending}, {refused} refused, {kick_errors} wake-up errors\n"))
+    };
+    interfaces.iter().filter_map(line).collect()
 }
 
 fn role(interface: &InterfaceInfo) -> &'static str {
@@ -94,7 +104,7 @@ mod tests {
                 driver: "veth".into(),
                 queues: 1,
                 ingress: true,
-                egress: false,
+                ..InterfaceInfo::default()
             }],
             workers: vec![WorkerInfo {
                 pid: 12_346,
@@ -122,5 +132,7 @@ mod tests {
              \u{20}    0  run    12346  65534    1  fused adaptive  12 ms  0\n"
         );
         assert!(page.lines().all(|line| line.len() <= 80));
+        let sick = InterfaceInfo { name: "eth1".into(), sending: "down".into(), refused: 7, ..InterfaceInfo::default() };
+        assert_eq!(troubles(&[sick, InterfaceInfo::default()]), "eth1: sending is down, 7 refused, 0 wake-up errors\n");
     }
 }

@@ -149,6 +149,12 @@ pub struct InterfaceInfo {
     pub ingress: bool,
     /// Whether rules send here.
     pub egress: bool,
+    /// What sending said last: `up`, `down` or `gone`.
+    pub sending: String,
+    /// Packets the kernel refused for good; by output they are `send_failed` and `output_down` in `relay stats`.
+    pub refused: u64,
+    /// Wake-ups that failed with an error that is neither benign nor a state of the interface.
+    pub kick_errors: u64,
 }
 
 /// A worker in [`Status`].
@@ -234,7 +240,7 @@ pub struct OutputStats {
     pub egress: String,
     /// Destination `ADDR:PORT` as rewritten, or `keep`.
     pub to: String,
-    /// Packets handed to the egress ring.
+    /// Packets handed to the kernel, or on the way there, and not refused by it.
     pub tx_packets: u64,
     /// Their bytes.
     pub tx_bytes: u64,

@@ -3,7 +3,7 @@
 //!
 //! The worlds are small, so that every kill of the first worker meets (nearly) every kill of the second.
 
-use super::egress::{Egress, EgressPort, PortState};
+use super::egress::{Egress, EgressBooks, EgressPort, PortState};
 use super::ingress::{Ingress, IngressParts, IngressPort};
 use super::journal::Journal;
 use super::table::{OutputPlan, RulePlan, Table};
@@ -45,6 +45,7 @@ struct World {
     umem: Arc<Umem>,
     work: Arc<Mapping>,
     layout: WorkLayout,
+    page: StatusPage,
     counters: SharedArray<Counter>,
     wires: Vec<SharedWire>,
     outputs: Vec<OutputPlan>,
@@ -94,7 +95,8 @@ impl World {
         let wires: Vec<SharedWire> = survives.into_iter().map(wire).collect();
         wires[0].borrow_mut().queue = arrivals.into();
         let umem = Arc::new(Umem::new(region((FRAMES * FRAME_SIZE) as usize)));
-        Self { umem, work, layout, counters: StatusPage::new(&status).unwrap().ingress, wires, outputs, in_ingress: Cell::new(false) }
+        let page = StatusPage::new(&status).unwrap();
+        Self { umem, work, layout, counters: page.ingress.clone(), page, wires, outputs, in_ingress: Cell::new(false) }
     }
 
     fn table(&self) -> Table {
@@ -143,7 +145,9 @@ impl World {
             state: PortState::default(),
         };
         let journal = Journal::attach(&self.work, layout.egress_journal).unwrap();
-        let egress = Egress::new(journal, (0..PORTS).map(port).collect(), Producer::attach(memory.clone(), layout.return_ring).unwrap());
+        let books = EgressBooks { counters: self.page.egress.clone(), ports: self.page.sends.clone() };
+        let returns = Producer::attach(memory.clone(), layout.return_ring).unwrap();
+        let egress = Egress::new(journal, (0..PORTS).map(port).collect(), returns, books);
         Worker { ingress, egress }
     }
 
@@ -466,4 +470,19 @@ fn the_wire_is_idle_at_the_end() {
     assert!(world.live(None, SPLIT));
     let worker = world.attach();
     assert!(worker.egress.ports().iter().all(|port| port.transmit.outstanding() == 0));
+}
+
+#[test]
+fn an_address_that_is_no_frames_is_a_frame_lost_by_name() {
+    let world = World::new(Vec::new(), [true; PORTS], Vec::new());
+    let mut worker = world.start();
+    let frame = worker.ingress.pool.take(&world.umem).unwrap();
+    worker.ingress.pool.publish();
+    let (free, address) = (worker.ingress.free_frames(), frame.base());
+    worker.egress.returns.write(0, address);
+    worker.egress.returns.write(1, u64::from(FRAMES * FRAME_SIZE));
+    frame.into_index();
+    worker.egress.returns.publish(2);
+    worker.ingress.recycle();
+    assert_eq!((worker.ingress.free_frames(), worker.ingress.pool.lost()), (free + 1, 1));
 }

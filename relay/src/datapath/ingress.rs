@@ -158,6 +158,24 @@ impl<R: Receive> Ingress<R> {
         taken
     }
 
+    /// Ends receiving by the ports whose packets would die with this process, takes what they had received, and takes their
+    /// frames back: a planned replacement. Call until it says that nothing is left.
+    pub fn wind_up(&mut self, table: &Table) -> bool {
+        let mut is_done = true;
+        for index in 0..self.ports.len() {
+            let Some(port) = self.ports.get_mut(index).filter(|port| !port.receive.survives()) else { continue };
+            if port.receive.is_stopped() {
+                port.receive.take_back(&mut self.pool);
+                continue;
+            }
+            is_done = false;
+            // Refused for the moment: asked again at the next call.
+            let _ = port.receive.stop();
+            self.receive_batch(index, table);
+        }
+        is_done
+    }
+
     /// Fills the receive side of every port before the first packet.
     pub fn prime(&mut self) {
         for index in 0..self.ports.len() {
@@ -184,6 +202,9 @@ impl<R: Receive> Ingress<R> {
         self.returns.release(count);
         fuse::stored();
         self.journal.done();
+        if to_count < count {
+            self.pool.lose(count - to_count);
+        }
     }
 
     /// Pool → a port's free frames, if at least `from` are missing. Returns how many.
@@ -524,7 +545,7 @@ impl Hand<'_> {
         let (Some(staged), Some(room)) = (self.staging.staged.get_mut(port), self.staging.room.get_mut(port)) else { return };
         let last = fragments.len().saturating_sub(1);
         for (index, Fragment { frame, offset, len }) in fragments.into_iter().enumerate() {
-            let options = output.slot << 1 | if index < last { CONTINUES } else { 0 };
+            let options = RawDesc::options(output.slot, if index < last { CONTINUES } else { 0 });
             let desc = RawDesc { addr: frame.base() + u64::from(offset), len, options };
             if let (Some(Some(ring)), false) = (self.egress.get_mut(port), skip) {
                 ring.write(*staged, desc);

@@ -116,6 +116,8 @@ pub const MOVE_RECYCLE: u32 = 2;
 pub const MOVE_SEND: u32 = 3;
 /// A port's completion ring to the return ring.
 pub const MOVE_REAP: u32 = 4;
+/// Egress ring to the return ring (the interface is gone).
+pub const MOVE_DISCARD: u32 = 5;
 
 const STATE: usize = 0;
 const ATTEMPTS: usize = 4;

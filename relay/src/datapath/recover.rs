@@ -5,7 +5,7 @@
 use super::egress::Egress;
 use super::ingress::Ingress;
 use super::journal::Armed;
-use super::journal::{ARMED, COMMIT, MOVE, MOVE_REAP, MOVE_RECYCLE, MOVE_REFILL, MOVE_SEND};
+use super::journal::{ARMED, COMMIT, MOVE, MOVE_DISCARD, MOVE_REAP, MOVE_RECYCLE, MOVE_REFILL, MOVE_SEND};
 use super::table::Table;
 use crate::nic::{Receive, Transmit};
 use crate::sys::fuse;
@@ -39,6 +39,14 @@ impl<T: Transmit> Egress<T> {
                     let moved = self.returns.position() == moving.to.wrapping_add(moving.to_count);
                     if moved && port.transmit.survives() && port.transmit.reap_position() == moving.from {
                         port.transmit.reaped(moving.from_count);
+                    }
+                }
+                (MOVE_DISCARD, Some(port)) => {
+                    let moved = self.returns.position() == moving.to.wrapping_add(moving.to_count);
+                    if moved && port.ring.position() == moving.from {
+                        port.ring.available_for(moving.from_count);
+                        port.ring.release(moving.from_count);
+                        fuse::stored();
                     }
                 }
                 (MOVE_SEND, Some(port)) => {

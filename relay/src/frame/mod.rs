@@ -29,9 +29,31 @@ pub struct RawDesc {
     pub addr: u64,
     /// Bytes.
     pub len: u32,
-    /// [`CONTINUES`] and, in our own egress ring, the output number.
+    /// [`CONTINUES`], and in our own rings what [`RawDesc::options`] adds.
     pub options: u32,
 }
 
 /// `XDP_PKT_CONTD`: the packet goes on in the next descriptor.
 pub const CONTINUES: u32 = 1;
+/// First bit of the label in [`RawDesc::options`].
+const LABEL_SHIFT: u32 = 2;
+
+impl RawDesc {
+    /// `options` of a descriptor in our own rings: whose packet it is, and `flags` ([`CONTINUES`]).
+    #[inline]
+    pub const fn options(label: u32, flags: u32) -> u32 {
+        label << LABEL_SHIFT | flags
+    }
+
+    /// Whose packet it is: the output's slot.
+    #[inline]
+    pub const fn label(&self) -> u32 {
+        self.options >> LABEL_SHIFT
+    }
+
+    /// Whether the packet goes on in the next descriptor.
+    #[inline]
+    pub const fn continues(&self) -> bool {
+        self.options & CONTINUES != 0
+    }
+}

@@ -11,13 +11,16 @@ use crate::sys::{Mapping, SharedArray, SharedWord};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// Where a pool's length word stands before its elements.
+/// Where the word of lost frames stands.
+pub const LOST_AT: usize = 64;
+/// Where a pool's elements stand, behind its length word.
 const ELEMENTS: usize = 128;
 
 /// The free frames of one worker. Written by its ingress thread only.
 #[derive(Debug)]
 pub struct Pool {
     published: SharedWord,
+    lost: SharedWord,
     elements: SharedArray<u32>,
     len: u32,
 }
@@ -31,9 +34,10 @@ impl Pool {
     /// The pool at `offset` of a segment, as its last owner left it.
     pub fn attach(mapping: &Arc<Mapping>, offset: usize, frame_count: u32) -> Result<Self, OutOfMapping> {
         let published = SharedWord::new(mapping, offset)?;
+        let lost = SharedWord::new(mapping, offset + LOST_AT)?;
         let elements = SharedArray::new(mapping, offset + ELEMENTS, frame_count as usize)?;
         let len = published.load(Ordering::Acquire).min(frame_count);
-        Ok(Self { published, elements, len })
+        Ok(Self { published, lost, elements, len })
     }
 
     /// Puts every frame of a new UMEM in.
@@ -76,6 +80,16 @@ impl Pool {
     /// Element `position` of the list (for moves that are written before they are published).
     pub fn peek(&self, position: u32) -> u32 {
         self.elements.get(position as usize)
+    }
+
+    /// Counts frames of which no valid number came back: nobody knows which they were.
+    pub fn lose(&self, count: u32) {
+        self.lost.store(self.lost.load(Ordering::Relaxed) + count, Ordering::Release);
+    }
+
+    /// Frames lost so.
+    pub fn lost(&self) -> u32 {
+        self.lost.load(Ordering::Acquire)
     }
 
     /// Sets the length without touching elements (end of a journaled move).

@@ -5,7 +5,7 @@
 //! Every store that a real worker would make to a shared ring burns the fuse. Must never tell the data path anything that
 //! the kernel would not.
 
-use super::{BATCH_DESCS, BATCH_LEN, Batch, Fragment, Hint, Kick, Packet, Receive, ReceiveCounters, Transmit};
+use super::{BATCH_DESCS, BATCH_LEN, Batch, Fragment, Hint, Kick, Packet, Receive, ReceiveCounters, Refusal, Transmit};
 use crate::frame::HeldMap;
 use crate::frame::{CONTINUES, FRAME_SIZE, Frame, HEADROOM, MAX_FRAGMENTS, Pool, RawDesc, Umem};
 use crate::sys::fuse;
@@ -304,7 +304,7 @@ impl Transmit for MemoryTransmit {
         (wire.tx.len() - wire.reaped) as u32
     }
 
-    fn failed(&self) -> u64 {
-        0
+    fn refused(&mut self) -> Option<Refusal> {
+        None
     }
 }

@@ -81,6 +81,19 @@ pub trait Receive {
     fn publish_refill(&mut self, count: u32);
     /// Counters of this half.
     fn counters(&self) -> ReceiveCounters;
+    /// Ends receiving where what is taken would die with this process; go on with [`Receive::receive`] until
+    /// [`Receive::is_stopped`]. Nothing happens where the rings survive. An error: call again.
+    fn stop(&mut self) -> Result<(), nix::errno::Errno> {
+        Ok(())
+    }
+    /// Whether nothing more will come that would die with this process.
+    fn is_stopped(&mut self) -> bool {
+        true
+    }
+    /// Puts frames that would die with this process back into the pool and publishes it, once stopped. Returns how many.
+    fn take_back(&mut self, _pool: &mut Pool) -> u32 {
+        0
+    }
 }
 
 /// Cumulative counters of a receiving half since the worker adopted it.
@@ -109,13 +122,25 @@ pub enum Kick {
     Gone,
 }
 
+/// Label of a packet that a predecessor has put.
+pub const UNKNOWN_LABEL: u32 = u32::MAX >> 2;
+
+/// A packet the kernel refused for good.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Refusal {
+    /// What [`RawDesc::label`] said of it, or [`UNKNOWN_LABEL`].
+    pub label: u32,
+    /// Its bytes.
+    pub len: u32,
+}
+
 /// Sending half of a port.
 pub trait Transmit {
     /// Whether the kernel's rings outlive the worker (AF_XDP).
     fn survives(&self) -> bool;
     /// Descriptors that can be put before the next [`Transmit::publish`] without overrunning the ring.
     fn free(&mut self) -> u32;
-    /// Writes one descriptor (`options` = [`crate::frame::CONTINUES`] or 0). The caller keeps within [`Transmit::free`].
+    /// Writes one descriptor. The caller keeps within [`Transmit::free`]. The label in its options stays with us.
     fn put(&mut self, desc: RawDesc);
     /// Makes the put descriptors visible to the kernel.
     fn publish(&mut self);
@@ -132,6 +157,6 @@ pub trait Transmit {
     fn reap_position(&self) -> u32;
     /// Frames handed to the kernel and not yet reaped.
     fn outstanding(&self) -> u32;
-    /// Packets the kernel refused for good since the worker adopted the port (by the send's errno; 0 on AF_XDP).
-    fn failed(&self) -> u64;
+    /// The next packet that the kernel refused for good, each once.
+    fn refused(&mut self) -> Option<Refusal>;
 }

@@ -2,7 +2,8 @@
 //!
 //! A flat array of (packets, bytes) pairs; an index names exactly one thing. Counters live longer than workers: a
 //! successor goes on counting in the same array. One writer: the ingress thread, or, in an array of its own, the egress
-//! thread. Must never be reset by anybody but that writer.
+//! thread, which counts what the kernel refused of the packets that the ingress thread has counted as sent. So, per output,
+//! sent = tx(ingress) − Σ drops(egress), and a reason's drops are those of both. Must never be reset by anybody but that writer.
 
 use super::fate::{DropReason, OutputDropReason};
 use bytemuck::{Pod, Zeroable};
@@ -24,6 +25,24 @@ pub struct Counter {
     pub packets: u64,
     /// Bytes from the Ethernet header on.
     pub bytes: u64,
+}
+
+impl Counter {
+    /// The sum of two, wrapping (see [`output_zero`]).
+    #[must_use]
+    pub const fn plus(self, other: Self) -> Self {
+        Self { packets: self.packets.wrapping_add(other.packets), bytes: self.bytes.wrapping_add(other.bytes) }
+    }
+
+    /// The difference of two, not below 0: one array may be read before the other.
+    #[must_use]
+    pub const fn less(self, other: Self) -> Self {
+        Self { packets: positive(self.packets.wrapping_sub(other.packets)), bytes: positive(self.bytes.wrapping_sub(other.bytes)) }
+    }
+}
+
+const fn positive(value: u64) -> u64 {
+    if value as i64 > 0 { value } else { 0 }
 }
 
 const PORT_STRIDE: usize = 1 + DropReason::COUNT;
@@ -55,7 +74,7 @@ pub const fn rule_drop(slot: usize, reason: DropReason) -> u32 {
     rule_rx(slot) + 1 + reason as u32
 }
 
-/// Packets handed to the egress ring for an output.
+/// Packets handed to the egress ring for an output (ingress array only).
 pub const fn output_tx(slot: usize) -> u32 {
     (OUTPUTS + slot * OUTPUT_STRIDE) as u32
 }
@@ -63,6 +82,16 @@ pub const fn output_tx(slot: usize) -> u32 {
 /// Packets an output did not get.
 pub const fn output_drop(slot: usize, reason: OutputDropReason) -> u32 {
     output_tx(slot) + 1 + reason as u32
+}
+
+/// What makes an output's counters in both arrays come to nothing, by index; for the ingress array. The egress array goes on
+/// with what it had counted for an earlier rule in the slot, so that is taken off here (sums wrap).
+pub fn output_zero(slot: usize, egress: impl Fn(usize) -> Counter) -> Vec<(usize, Counter)> {
+    let minus = |c: Counter| Counter { packets: c.packets.wrapping_neg(), bytes: c.bytes.wrapping_neg() };
+    let drops: Vec<usize> = OutputDropReason::ALL.iter().map(|reason| output_drop(slot, *reason) as usize).collect();
+    let refused = drops.iter().map(|index| egress(*index)).fold(Counter::default(), Counter::plus);
+    let tx = (output_tx(slot) as usize, refused);
+    std::iter::once(tx).chain(drops.iter().map(|index| (*index, minus(egress(*index))))).collect()
 }
 
 /// Range of all counters of a rule slot (to zero them for a new rule).

@@ -5,6 +5,7 @@
 //! ```
 //! Written by the supervisor before the exec, but for the command word. A worker's ports are fixed at exec (DECISIONS §3).
 
+use crate::nic::afpacket::Engines;
 use crate::nic::afxdp::create::RingSizes;
 use crate::sys::shared::OutOfMapping;
 use crate::sys::{Mapping, SharedArray, SharedWord, SharedWord64};
@@ -15,7 +16,7 @@ use std::sync::atomic::Ordering::{Acquire, Release};
 /// "RLYCTRL" and a zero byte.
 const MAGIC: u64 = u64::from_le_bytes(*b"RLYCTRL\0");
 /// Counted up whenever a layout in this room changes.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 const COMMAND: usize = 64;
 const MANIFEST: usize = 4096;
 /// Bytes of a control segment.
@@ -99,6 +100,8 @@ pub struct Manifest {
     pub life_fd: i32,
     /// Two threads instead of one.
     pub split: bool,
+    /// Whether packet ports may use io_uring.
+    pub io_uring: Engines,
     /// Wait strategy.
     pub wait: WaitMode,
     /// CPUs to run on: one for each thread, or empty for the inherited affinity.

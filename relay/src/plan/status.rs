@@ -1,7 +1,8 @@
 //! The status segment of a worker: state, heartbeat, acknowledged epoch, where its frames are, counters.
 //!
 //! ```text
-//! 0 magic u64 · 8 version u32 · 64.. words, one writer: the worker · 4096 serials by rule slot · by output slot · counters (ingress) · counters (egress)
+//! 0 magic u64 · 8 version u32 · 64.. words, one writer: the worker · 512 rungs by port · 1024 send reports by port (egress thread) ·
+//! 4096 serials by rule slot · by output slot · counters (ingress) · counters (egress)
 //! ```
 //! Survives the worker: the successor goes on in the same segment. State machine (who may take the edge):
 //! ```text
@@ -12,16 +13,20 @@
 //! ```
 //! Must never be believed by the supervisor beyond its bounds: a worker may be compromised.
 
-use super::counters::{COUNTER_COUNT, Counter, MAX_OUTPUTS, MAX_RULES};
+use super::counters::{COUNTER_COUNT, Counter, MAX_OUTPUTS, MAX_PORTS, MAX_RULES};
 use crate::sys::shared::OutOfMapping;
 use crate::sys::{Mapping, SharedArray, SharedWord, SharedWord64};
+use bytemuck::{Pod, Zeroable};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 /// "RLYSTAT" and a zero byte.
 const MAGIC: u64 = u64::from_le_bytes(*b"RLYSTAT\0");
+const RUNGS: usize = 512;
+const SENDS: usize = RUNGS + MAX_PORTS * size_of::<RungReport>();
 const RULE_SERIALS: usize = 4096;
+const _: () = assert!(SENDS + MAX_PORTS * size_of::<SendReport>() <= RULE_SERIALS);
 const OUTPUT_SERIALS: usize = RULE_SERIALS + MAX_RULES * 4;
 const COUNTERS: usize = OUTPUT_SERIALS + MAX_OUTPUTS * 4;
 const ARRAY_LEN: usize = (COUNTER_COUNT * size_of::<Counter>()).next_multiple_of(4096);
@@ -39,6 +44,42 @@ pub const STATE_FAIL: u32 = 3;
 
 /// Words of [`FrameStats`], in the order of its fields.
 const FRAME_WORDS: usize = 11;
+
+/// AF_XDP.
+pub const RUNG_XSK: u32 = 1;
+/// AF_PACKET with io_uring.
+pub const RUNG_URING: u32 = 2;
+/// AF_PACKET with plain system calls.
+pub const RUNG_PLAIN: u32 = 3;
+
+/// The rung on which a worker drives a port. 8 bytes; zeros before its first start.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct RungReport {
+    /// `RUNG_*`.
+    pub rung: u32,
+    /// What refused the rung above; 0: it was not asked for.
+    pub errno: i32,
+}
+
+/// The interface is down.
+pub const PORT_DOWN: u32 = 1;
+/// The interface is gone.
+pub const PORT_GONE: u32 = 2;
+
+/// Health of a sending port. 24 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct SendReport {
+    /// Wake-ups that failed with an error that is neither benign nor a state.
+    pub kick_errors: u64,
+    /// Packets handed over that will never be sent.
+    pub refused: u64,
+    /// `PORT_*` bits.
+    pub flags: u32,
+    /// Always 0.
+    pub zero: u32,
+}
 
 /// Where the frames are. The places sum to `total`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,7 +105,7 @@ pub struct FrameStats {
     pub hand: u64,
     /// With the kernel, in no ring.
     pub kernel: u64,
-    /// Lost to invalid descriptors.
+    /// Lost: the kernel gave back an address that is no frame's.
     pub lost_invalid: u64,
 }
 
@@ -95,6 +136,10 @@ pub struct StatusPage {
     frames: SharedArray<u64>,
     /// CPU of the ingress thread, or `u32::MAX`.
     pub cpu: SharedWord,
+    /// The rung by port, written at start.
+    pub rungs: SharedArray<RungReport>,
+    /// Health of sending ports, written by the egress thread.
+    pub sends: SharedArray<SendReport>,
     /// Counters of the ingress thread.
     pub ingress: SharedArray<Counter>,
     /// Counters of the egress thread.
@@ -120,6 +165,8 @@ impl StatusPage {
             replayed: SharedWord64::new(m, 152)?,
             reclaimed: SharedWord64::new(m, 160)?,
             cpu: SharedWord::new(m, 168)?,
+            rungs: SharedArray::new(m, RUNGS, MAX_PORTS)?,
+            sends: SharedArray::new(m, SENDS, MAX_PORTS)?,
             frame_sequence: SharedWord::new(m, 256)?,
             frames: SharedArray::new(m, 264, FRAME_WORDS)?,
             ingress: SharedArray::new(m, COUNTERS, COUNTER_COUNT)?,

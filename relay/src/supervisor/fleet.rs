@@ -17,6 +17,7 @@ use super::error::RunError;
 use super::options::{Options, PipelineChoice, WaitChoice};
 use super::ports::{Ports, egress_capacity};
 use crate::frame::{FRAME_SIZE, Umem};
+use crate::nic::afpacket::Engines;
 use crate::plan::manifest::{COMMAND_DRAIN, COMMAND_STOP, CONTROL_LEN, Control, LAYOUT_VERSION, Manifest, WaitMode};
 use crate::plan::status::{STATE_BOOT, STATE_RUN, STATUS_LEN, StatusPage};
 use crate::plan::work::WorkLayout;
@@ -90,6 +91,7 @@ pub struct Fleet {
     rules: OwnedFd,
     user: Option<(u32, u32)>,
     split: bool,
+    io_uring: Engines,
     wait: WaitMode,
     heartbeat: Duration,
     linger: Duration,
@@ -139,6 +141,7 @@ impl Fleet {
                 WaitChoice::Adaptive => WaitMode::Adaptive,
                 WaitChoice::Poll => WaitMode::Poll,
             },
+            io_uring: options.io_uring,
             heartbeat: options.heartbeat,
             linger: options.linger,
             cpus: options.cpus.clone().unwrap_or_default(),
@@ -240,6 +243,7 @@ impl Fleet {
             rules_fd: self.rules.as_raw_fd(),
             life_fd: theirs.as_raw_fd(),
             split: self.split,
+            io_uring: self.io_uring,
             wait: self.wait,
             cpus,
             heartbeat_ms: self.heartbeat.as_millis() as u64,

@@ -1,5 +1,6 @@
 //! What `relay run` was asked to do, parsed and checked. Plain data.
 
+use crate::nic::afpacket::Engines;
 use crate::rule::Rule;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -102,6 +103,8 @@ pub struct Options {
     pub cpus: Option<Vec<usize>>,
     /// `--partition`.
     pub partition: PartitionChoice,
+    /// `--io-uring`: whether the packet path may use it.
+    pub io_uring: Engines,
     /// `--wait`.
     pub wait: WaitChoice,
     /// `--linger`.

@@ -11,8 +11,10 @@ use super::update::join_of;
 use crate::control::message::{
     Changes, FrameStats, InterfaceInfo, InterfaceStats, OutputStats, RuleInfo, RuleStats, Stats, Status, SupervisorInfo, WorkerInfo,
 };
+use crate::nic::afpacket::Reason;
 use crate::plan::counters::{Counter, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx};
 use crate::plan::fate::{DropReason, OutputDropReason};
+use crate::plan::status::{PORT_DOWN, PORT_GONE, RUNG_PLAIN, SendReport};
 use crate::rule::set::{RuleSet, SetDiff};
 use crate::rule::{Output, Rule};
 use crate::sys::xdp;
@@ -30,7 +32,7 @@ pub fn changes(old: &RuleSet, change: &SetDiff) -> Changes {
 }
 
 fn sum<'a>(counters: impl Iterator<Item = Counter> + 'a) -> Counter {
-    counters.fold(Counter::default(), |sum, one| Counter { packets: sum.packets + one.packets, bytes: sum.bytes + one.bytes })
+    counters.fold(Counter::default(), Counter::plus)
 }
 
 fn add(map: &mut BTreeMap<String, u64>, name: &str, packets: u64) {
@@ -47,11 +49,44 @@ impl Supervisor {
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             supervisor: SupervisorInfo { pid: std::process::id(), uptime_ms, capabilities },
-            interfaces: self.ports.list().iter().map(interface_info).collect(),
+            interfaces: self.ports.list().iter().enumerate().map(|(number, port)| self.interface_info(number, port)).collect(),
             workers: self.workers(),
             rules: self.book.set.rules().len() as u64,
             epoch: u64::from(self.epoch),
         }
+    }
+
+    /// An interface with the rung its workers really run on, and what they say of its health.
+    fn interface_info(&self, number: usize, port: &Port) -> InterfaceInfo {
+        let pages = || self.fleet.slots.iter().map(|slot| &slot.status);
+        let plain = pages().map(|page| page.rungs.get(number)).find(|rung| rung.rung == RUNG_PLAIN);
+        let plain = plain.filter(|_| port.way == Way::Packet).map(|rung| Reason::from_raw(rung.errno));
+        let sends: Vec<SendReport> = pages().map(|page| page.sends.get(number)).collect();
+        let flags = sends.iter().fold(0, |flags, report| flags | report.flags);
+        InterfaceInfo {
+            name: port.name.clone(),
+            backend: if plain.is_some() { "af_packet_plain" } else { port.backend }.into(),
+            reason: plain.map_or_else(|| port.reason.clone(), |plain| format!("{}; {plain}", port.reason)),
+            driver: port.facts.driver.clone().unwrap_or_default(),
+            queues: port.sockets.len() as u32,
+            ingress: port.ingress,
+            egress: port.egress,
+            sending: if flags & PORT_GONE != 0 {
+                "gone"
+            } else if flags & PORT_DOWN != 0 {
+                "down"
+            } else {
+                "up"
+            }
+            .into(),
+            refused: sends.iter().map(|report| report.refused).sum(),
+            kick_errors: sends.iter().map(|report| report.kick_errors).sum(),
+        }
+    }
+
+    /// Whether the workers drive the packet port with plain system calls.
+    fn is_plain(&self, number: usize) -> bool {
+        self.fleet.slots.iter().any(|slot| slot.status.rungs.get(number).rung == RUNG_PLAIN)
     }
 
     fn workers(&self) -> Vec<WorkerInfo> {
@@ -78,10 +113,11 @@ impl Supervisor {
     }
 
     fn rule_info(&self, rule: &Rule) -> RuleInfo {
-        let port = self.ports.ingress(rule).map(|(_, port)| port);
-        let (path, engine) = match port.map(|port| port.way) {
-            Some(Way::Xsk) => ("xsk", "tx"),
-            Some(Way::Packet) => ("packet", "uring"),
+        let found = self.ports.ingress(rule);
+        let port = found.map(|(_, port)| port);
+        let (path, engine) = match found.map(|(number, port)| (port.way, number)) {
+            Some((Way::Xsk, _)) => ("xsk", "tx"),
+            Some((Way::Packet, number)) => ("packet", if self.is_plain(number) { "plain" } else { "uring" }),
             None => ("pending", ""),
         };
         let ifindex = self.known.get(&rule.ingress).map(|interface| interface.ifindex);
@@ -101,6 +137,13 @@ impl Supervisor {
         let pages =
             self.fleet.slots.iter().map(|slot| &slot.status).filter(|page| page.rule_serials.get(slots.slot as usize) == slots.serial);
         sum(pages.map(|page| page.ingress.get(index as usize)))
+    }
+
+    /// The same of what egress threads have counted.
+    fn refused_counter(&self, slots: &Slots, index: u32) -> Counter {
+        let pages =
+            self.fleet.slots.iter().map(|slot| &slot.status).filter(|page| page.rule_serials.get(slots.slot as usize) == slots.serial);
+        sum(pages.map(|page| page.egress.get(index as usize)))
     }
 
     fn port_counter(&self, index: u32) -> u64 {
@@ -191,11 +234,15 @@ impl Supervisor {
     }
 
     fn output_stats(&self, slots: &Slots, index: usize, output: &Output, slot: u32) -> OutputStats {
-        let tx = self.rule_counter(slots, output_tx(slot as usize));
         let mut drops = BTreeMap::new();
+        let mut refused = Counter::default();
         for reason in OutputDropReason::ALL {
-            add(&mut drops, reason.name(), self.rule_counter(slots, output_drop(slot as usize, *reason)).packets);
+            let index = output_drop(slot as usize, *reason);
+            let late = self.refused_counter(slots, index);
+            refused = refused.plus(late);
+            add(&mut drops, reason.name(), self.rule_counter(slots, index).plus(late).packets);
         }
+        let tx = self.rule_counter(slots, output_tx(slot as usize)).less(refused);
         let to = match (output.to, output.port) {
             (None, None) => "keep".into(),
             (None, Some(port)) => format!(":{port}"),
@@ -260,17 +307,5 @@ impl Supervisor {
         std::fs::write(&temporary, text).map_err(failed)?;
         std::fs::rename(&temporary, &path).map_err(failed)?;
         Ok(path.display().to_string())
-    }
-}
-
-fn interface_info(port: &Port) -> InterfaceInfo {
-    InterfaceInfo {
-        name: port.name.clone(),
-        backend: port.backend.into(),
-        reason: port.reason.clone(),
-        driver: port.facts.driver.clone().unwrap_or_default(),
-        queues: port.sockets.len() as u32,
-        ingress: port.ingress,
-        egress: port.egress,
     }
 }

@@ -5,16 +5,16 @@
 
 use super::ledger::Ledger;
 use super::port::{AnyReceive, AnyTransmit};
-use crate::datapath::egress::{Egress, EgressPort, PortState};
+use crate::datapath::egress::{Egress, EgressBooks, EgressPort, PortState};
 use crate::datapath::ingress::{Ingress, IngressParts, IngressPort};
 use crate::datapath::journal::Journal;
 use crate::frame::HeldMap;
 use crate::frame::{FRAME_SIZE, Pool, RawDesc, Umem};
-use crate::nic::afpacket::{DEFAULT_DEPTH, PacketReceive, PacketTransmit};
+use crate::nic::afpacket::{DEFAULT_DEPTH, Engines, PacketReceive, PacketTransmit, Reason};
 use crate::nic::afxdp::{self, port::AdoptError};
 use crate::plan::manifest::{CONTROL_LEN, Control, LAYOUT_VERSION, Manifest, ManifestError, PortKind, PortManifest};
 use crate::plan::records::{RULES_LEN, RecordsError, RulesSegment};
-use crate::plan::status::{STATUS_LEN, StatusPage};
+use crate::plan::status::{RUNG_PLAIN, RungReport, STATUS_LEN, StatusPage};
 use crate::plan::work::WorkLayout;
 use crate::ring::{self, Consumer, Memory, Producer, RingError};
 use crate::sys::shared::OutOfMapping;
@@ -149,6 +149,8 @@ fn adopt(control: OwnedFd, status: OwnedFd) -> Result<Adopted, BootError> {
         transmit: Vec::new(),
         egress: Vec::new(),
         ledgers: Vec::new(),
+        engines: manifest.io_uring,
+        rungs: status.rungs.clone(),
     };
     for (number, port) in manifest.ports.iter().enumerate() {
         parts.adopt_port(&work, &layout, number, port)?;
@@ -166,7 +168,9 @@ fn adopt(control: OwnedFd, status: OwnedFd) -> Result<Adopted, BootError> {
         held: HeldMap::new(held),
         held_by_senders: HeldMap::new(held_by_senders),
     });
-    let egress = Egress::new(Journal::attach(&work, layout.egress_journal)?, parts.transmit, Producer::attach(memory, layout.return_ring)?);
+    let books = EgressBooks { counters: status.egress.clone(), ports: status.sends.clone() };
+    let returns = Producer::attach(memory, layout.return_ring)?;
+    let egress = Egress::new(Journal::attach(&work, layout.egress_journal)?, parts.transmit, returns, books);
     Ok(Adopted { manifest, control, status, rules, ingress, egress, ledger, life })
 }
 
@@ -199,6 +203,8 @@ struct Parts {
     transmit: Vec<EgressPort<AnyTransmit>>,
     egress: Vec<Option<Producer<RawDesc>>>,
     ledgers: Vec<afxdp::ledger::PortLedger>,
+    engines: Engines,
+    rungs: SharedArray<RungReport>,
 }
 
 impl Parts {
@@ -207,6 +213,11 @@ impl Parts {
             PortKind::Xsk => self.adopt_xsk(port)?,
             PortKind::Packet => self.adopt_packet(port)?,
         };
+        let rung = if port.ingress { receive.rung() } else { transmit.rung() };
+        if rung.rung == RUNG_PLAIN && rung != self.rungs.get(number) {
+            eprintln!("worker: port {}: af_packet_plain: {}", port.name, Reason::from_raw(rung.errno));
+        }
+        self.rungs.set(number, rung);
         if port.ingress {
             self.receive.push(IngressPort { receive, number, ifindex: port.ifindex });
         }
@@ -221,8 +232,8 @@ impl Parts {
         let receive = inherited("receiving AF_PACKET socket", port.receive_fd)?;
         let send = inherited("sending AF_PACKET socket", port.send_fd)?;
         let failed = |errno| BootError::Descriptor { role: "receiving AF_PACKET socket", fd: port.receive_fd, errno };
-        let receive = PacketReceive::open(receive, &self.umem, DEFAULT_DEPTH, self.held.clone()).map_err(failed)?;
-        let transmit = PacketTransmit::open(send, &self.umem, DEFAULT_DEPTH, self.held_by_senders.clone());
+        let receive = PacketReceive::open(receive, &self.umem, DEFAULT_DEPTH, self.held.clone(), self.engines).map_err(failed)?;
+        let transmit = PacketTransmit::open(send, &self.umem, DEFAULT_DEPTH, self.held_by_senders.clone(), self.engines);
         Ok((AnyReceive::Packet(receive), AnyTransmit::Packet(transmit)))
     }
 

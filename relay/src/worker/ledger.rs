@@ -20,6 +20,7 @@ const LOOKS: usize = 64;
 pub struct Ledger {
     total: u32,
     pool: SharedWord,
+    lost: SharedWord,
     rings: Vec<[SharedWord; 2]>,
     returns: [SharedWord; 2],
     ports: Vec<PortLedger>,
@@ -47,7 +48,8 @@ impl Ledger {
         let maps = [layout.held, layout.held_by_senders(total)].map(|at| SharedArray::new(work, at, total as usize));
         let [receivers, senders] = maps;
         let held = [receivers?, senders?];
-        Ok(Self { total, pool: SharedWord::new(work, layout.pool)?, rings, returns: words(layout.return_ring)?, ports, held })
+        let lost = SharedWord::new(work, layout.pool + crate::frame::pool::LOST_AT)?;
+        Ok(Self { total, pool: SharedWord::new(work, layout.pool)?, lost, rings, returns: words(layout.return_ring)?, ports, held })
     }
 
     fn look(&self) -> (Look, Vec<[RingIndices; 2]>) {
@@ -84,7 +86,8 @@ impl Ledger {
         let [receivers, senders] = &self.held;
         sum.fill += count(receivers);
         sum.kernel += count(senders);
-        let placed = look.pool + sum.fill + sum.rx + look.egress + look.returning + sum.tx + sum.completion + sum.kernel;
+        let lost = self.lost.load(Acquire);
+        let placed = look.pool + sum.fill + sum.rx + look.egress + look.returning + sum.tx + sum.completion + sum.kernel + lost;
         FrameStats {
             total: u64::from(self.total),
             free: u64::from(look.pool),
@@ -96,7 +99,7 @@ impl Ledger {
             completion: u64::from(sum.completion),
             hand: u64::from(self.total.saturating_sub(placed)),
             kernel: u64::from(sum.kernel),
-            lost_invalid: 0,
+            lost_invalid: u64::from(lost),
         }
     }
 }

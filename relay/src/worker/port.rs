@@ -3,9 +3,10 @@
 //! Must never hold logic of its own.
 
 use crate::frame::{Frame, Pool, RawDesc, Umem};
-use crate::nic::afpacket::{PacketReceive, PacketTransmit};
+use crate::nic::afpacket::{PacketReceive, PacketTransmit, Reason};
 use crate::nic::afxdp::{XskReceive, XskTransmit};
-use crate::nic::{BATCH_DESCS, BATCH_LEN, Batch, Kick, Receive, ReceiveCounters, Transmit};
+use crate::nic::{BATCH_DESCS, BATCH_LEN, Batch, Kick, Receive, ReceiveCounters, Refusal, Transmit};
+use crate::plan::status::{RUNG_PLAIN, RUNG_URING, RUNG_XSK, RungReport};
 use crate::sys::SharedArray;
 use arrayvec::ArrayVec;
 use nix::errno::Errno;
@@ -39,6 +40,14 @@ macro_rules! each {
 }
 
 impl AnyReceive {
+    /// The rung it runs on.
+    pub fn rung(&self) -> RungReport {
+        match self {
+            Self::Xsk(_) => RungReport { rung: RUNG_XSK, errno: 0 },
+            Self::Packet(port) => packet_rung(port.reason()),
+        }
+    }
+
     /// What to poll for packets.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         each!(self, port => port.as_fd())
@@ -50,6 +59,24 @@ impl AnyReceive {
             port.housekeeping();
         }
         self.counters()
+    }
+}
+
+fn packet_rung(reason: Option<Reason>) -> RungReport {
+    match reason {
+        None => RungReport { rung: RUNG_URING, errno: 0 },
+        Some(Reason::NotWanted) => RungReport { rung: RUNG_PLAIN, errno: 0 },
+        Some(Reason::Refused(errno)) => RungReport { rung: RUNG_PLAIN, errno: errno as i32 },
+    }
+}
+
+impl AnyTransmit {
+    /// The rung it runs on.
+    pub fn rung(&self) -> RungReport {
+        match self {
+            Self::Xsk(_) => RungReport { rung: RUNG_XSK, errno: 0 },
+            Self::Packet(port) => packet_rung(port.reason()),
+        }
     }
 }
 
@@ -101,6 +128,18 @@ impl Receive for AnyReceive {
     fn counters(&self) -> ReceiveCounters {
         each!(self, port => port.counters())
     }
+
+    fn stop(&mut self) -> Result<(), Errno> {
+        each!(self, port => port.stop())
+    }
+
+    fn is_stopped(&mut self) -> bool {
+        each!(self, port => port.is_stopped())
+    }
+
+    fn take_back(&mut self, pool: &mut Pool) -> u32 {
+        each!(self, port => port.take_back(pool))
+    }
 }
 
 impl Transmit for AnyTransmit {
@@ -144,7 +183,7 @@ impl Transmit for AnyTransmit {
         each!(self, port => port.outstanding())
     }
 
-    fn failed(&self) -> u64 {
-        each!(self, port => port.failed())
+    fn refused(&mut self) -> Option<Refusal> {
+        each!(self, port => port.refused())
     }
 }

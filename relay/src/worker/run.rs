@@ -16,7 +16,7 @@ use crate::datapath::egress::Egress;
 use crate::datapath::ingress::Ingress;
 use crate::datapath::table::Table;
 use crate::nic::ReceiveCounters;
-use crate::plan::counters::{Counter, output_range, port_drop, rule_range};
+use crate::plan::counters::{Counter, output_zero, port_drop, rule_range};
 use crate::plan::fate::DropReason;
 use crate::plan::manifest::{COMMAND_DRAIN, COMMAND_RUN, Control, Manifest};
 use crate::plan::records::{RecordsError, RulesSegment};
@@ -175,11 +175,13 @@ impl Worker {
 
     /// Swaps the snapshot: counters of new rules start at 0, then the supervisor is told.
     fn adopt_table(&mut self, table: Table) {
+        let page = &self.status;
         for rule in table.rules() {
-            zero_if_new(&self.status.rule_serials, rule.slot, rule.serial, rule_range(rule.slot as usize), &self.status.ingress);
+            let zeros = || rule_range(rule.slot as usize).map(|index| (index, Counter::default()));
+            zero_if_new(&page.rule_serials, rule.slot, rule.serial, zeros, &page.ingress);
             for output in &rule.outputs {
-                let range = output_range(output.slot as usize);
-                zero_if_new(&self.status.output_serials, output.slot, rule.serial, range, &self.status.ingress);
+                let zeros = || output_zero(output.slot as usize, |index| page.egress.get(index));
+                zero_if_new(&page.output_serials, output.slot, rule.serial, zeros, &page.ingress);
             }
         }
         let epoch = table.epoch();
@@ -315,12 +317,15 @@ impl Worker {
         self.next_life = self.next_life.min(Instant::now());
     }
 
-    /// Takes what is left (not on a planned replacement, whose successor finds it in the RX ring, nor without a supervisor)
-    /// and sends what is in hand.
+    /// Takes what is left (on a planned replacement, and without a supervisor, only what would die with this process: the
+    /// successor finds the rest in the RX ring or the socket) and sends what is in hand.
     fn drain(mut self) -> Result<(), RunError> {
         let limit = Instant::now() + DRAIN_LIMIT;
         let replaced = self.control.command() == COMMAND_DRAIN || self.orphaned_at.is_some();
         while !replaced && Instant::now() < limit && self.turn(true)? > 0 {}
+        while replaced && Instant::now() < limit && !self.ingress.wind_up(&self.table) {
+            self.turn(false)?;
+        }
         if let Pipeline::Split(link, thread) = self.pipeline {
             link.stop.store(true, Release);
             link.wake();
@@ -345,10 +350,16 @@ fn is_crowded(manifest: &Manifest) -> bool {
     manifest.split && std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() < CROWDED_BELOW)
 }
 
-fn zero_if_new(serials: &SharedArray<u32>, slot: u32, serial: u32, range: std::ops::Range<usize>, counters: &SharedArray<Counter>) {
+fn zero_if_new<Z: IntoIterator<Item = (usize, Counter)>>(
+    serials: &SharedArray<u32>,
+    slot: u32,
+    serial: u32,
+    zeros: impl Fn() -> Z,
+    counters: &SharedArray<Counter>,
+) {
     if serials.get(slot as usize) != serial {
-        for index in range {
-            counters.set(index, Counter::default());
+        for (index, zero) in zeros() {
+            counters.set(index, zero);
         }
         serials.set(slot as usize, serial);
     }

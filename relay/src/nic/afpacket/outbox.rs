@@ -7,7 +7,7 @@
 use super::Held;
 use super::wakeup::{Verdict, classify};
 use crate::frame::{CONTINUES, FRAME_SIZE, MAX_FRAGMENTS, RawDesc};
-use crate::nic::{BATCH_LEN, Kick};
+use crate::nic::{BATCH_LEN, Kick, Refusal};
 use arrayvec::ArrayVec;
 use nix::errno::Errno;
 use std::collections::VecDeque;
@@ -22,6 +22,8 @@ pub(super) type Pieces = ArrayVec<RawDesc, MAX_FRAGMENTS>;
 #[derive(Debug, Default)]
 struct Slot {
     pieces: Pieces,
+    /// What is said of the packet should it be refused; its length grows with its pieces.
+    packet: Refusal,
     attempts: u8,
     /// A piece was refused (outside the UMEM, one too many): the packet fails when it is complete.
     refused: bool,
@@ -41,7 +43,7 @@ pub(super) struct Outbox<H> {
     outstanding: u32,
     produced: u32,
     reaped: u32,
-    failed: u64,
+    refused: VecDeque<Refusal>,
     trouble: Kick,
 }
 
@@ -61,7 +63,7 @@ impl<H: Held> Outbox<H> {
             outstanding: 0,
             produced: 0,
             reaped: 0,
-            failed: 0,
+            refused: VecDeque::with_capacity(capacity),
             trouble: Kick::Done,
         }
     }
@@ -77,10 +79,11 @@ impl<H: Held> Outbox<H> {
         self.produced = self.produced.wrapping_add(1);
         let Some(number) = self.open.take().or_else(|| self.vacant.pop()) else {
             debug_assert!(false, "put() beyond free()");
-            return self.refuse(desc.addr);
+            return self.refuse(desc);
         };
         let valid = self.is_valid(desc);
-        let Some(slot) = self.slots.get_mut(usize::from(number)) else { return self.refuse(desc.addr) };
+        let Some(slot) = self.slots.get_mut(usize::from(number)) else { return self.refuse(desc) };
+        slot.packet = Refusal { label: desc.label(), len: slot.packet.len.saturating_add(desc.len) };
         if desc.addr < self.umem_len {
             self.held.set((desc.addr / u64::from(FRAME_SIZE)) as u32, true);
         }
@@ -119,8 +122,7 @@ impl<H: Held> Outbox<H> {
             Verdict::Down => self.trouble = Kick::Down,
             Verdict::Gone => self.trouble = Kick::Gone,
         }
-        self.failed += 1;
-        self.finish(number);
+        self.fail(number);
     }
 
     /// What the sends since the last call said.
@@ -163,9 +165,9 @@ impl<H: Held> Outbox<H> {
         self.reaped
     }
 
-    /// Packets that will never be sent.
-    pub(super) const fn failed(&self) -> u64 {
-        self.failed
+    /// A packet that will never be sent, once.
+    pub(super) fn refused(&mut self) -> Option<Refusal> {
+        self.refused.pop_front()
     }
 
     /// Whether the piece lies in one frame of the UMEM.
@@ -174,16 +176,15 @@ impl<H: Held> Outbox<H> {
         within && desc.len > 0 && desc.addr < self.umem_len
     }
 
-    fn refuse(&mut self, addr: u64) {
-        self.failed += 1;
-        self.done.push_back(addr);
+    fn refuse(&mut self, desc: RawDesc) {
+        self.refused.push_back(Refusal { label: desc.label(), len: desc.len });
+        self.done.push_back(desc.addr);
     }
 
     fn close(&mut self, number: u16) {
         let refused = self.slots.get(usize::from(number)).is_none_or(|slot| slot.refused);
         if refused {
-            self.failed += 1;
-            self.finish(number);
+            self.fail(number);
         } else {
             self.fresh.push_back(number);
         }
@@ -196,11 +197,15 @@ impl<H: Held> Outbox<H> {
         })
     }
 
+    fn fail(&mut self, number: u16) {
+        self.refused.extend(self.slots.get(usize::from(number)).map(|slot| slot.packet));
+        self.finish(number);
+    }
+
     fn finish(&mut self, number: u16) {
         let Some(slot) = self.slots.get_mut(usize::from(number)) else { return };
         self.done.extend(slot.pieces.drain(..).map(|piece| piece.addr));
-        slot.attempts = 0;
-        slot.refused = false;
+        (slot.packet, slot.attempts, slot.refused) = (Refusal::default(), 0, false);
         self.vacant.push(number);
     }
 }
@@ -241,6 +246,10 @@ mod tests {
         out.to_vec()
     }
 
+    fn failed<H: Held>(outbox: &mut Outbox<H>) -> Vec<Refusal> {
+        std::iter::from_fn(|| outbox.refused()).collect()
+    }
+
     #[test]
     fn every_descriptor_comes_back_once() {
         let marks = Marks::default();
@@ -254,20 +263,20 @@ mod tests {
         assert_eq!(send_all(&mut outbox, Ok(())), 2);
         assert_eq!(outbox.verdict(), Kick::Done);
         assert_eq!(reap(&mut outbox), (0..5).map(|frame| desc(frame, 0).addr).collect::<Vec<_>>());
-        assert_eq!((outbox.free(), outbox.failed(), marks.0.borrow().len()), (8, 0, 0));
+        assert_eq!((outbox.free(), failed(&mut outbox).len(), marks.0.borrow().len()), (8, 0, 0));
     }
 
     #[test]
     fn a_full_device_is_tried_again_and_then_counted() {
         let marks = Marks::default();
         let mut outbox = Outbox::new(4, UMEM_LEN, &marks);
-        outbox.put(desc(1, 0));
+        outbox.put(RawDesc { options: RawDesc::options(77, 0), ..desc(1, 0) });
         for _ in 1..MAX_ATTEMPTS {
             assert_eq!(send_all(&mut outbox, Err(Errno::ENOBUFS)), 1);
-            assert_eq!((outbox.verdict(), outbox.failed()), (Kick::Again, 0));
+            assert_eq!((outbox.verdict(), failed(&mut outbox)), (Kick::Again, vec![]));
         }
         assert_eq!(send_all(&mut outbox, Err(Errno::ENOBUFS)), 1);
-        assert_eq!((outbox.verdict(), outbox.failed()), (Kick::Done, 1));
+        assert_eq!((outbox.verdict(), failed(&mut outbox)), (Kick::Done, vec![Refusal { label: 77, len: 64 }]));
         assert_eq!(reap(&mut outbox), [desc(1, 0).addr]);
     }
 
@@ -280,7 +289,7 @@ mod tests {
             send_all(&mut outbox, Err(errno));
             assert_eq!((outbox.verdict(), reap(&mut outbox)), (kick, vec![desc(frame, 0).addr]));
         }
-        assert_eq!(outbox.failed(), 3);
+        assert_eq!(failed(&mut outbox).len(), 3);
     }
 
     #[test]
@@ -295,7 +304,7 @@ mod tests {
         }
         outbox.put(desc(9, 0));
         assert_eq!(send_all(&mut outbox, Ok(())), 1, "only the last packet is sound");
-        assert_eq!((outbox.failed(), reap(&mut outbox).len(), outbox.outstanding()), (3, 11, 0));
+        assert_eq!((failed(&mut outbox).len(), reap(&mut outbox).len(), outbox.outstanding()), (3, 11, 0));
         assert_eq!(outbox.free(), 16);
     }
 }

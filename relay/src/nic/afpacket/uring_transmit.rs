@@ -1,6 +1,6 @@
 //! Sending through io_uring: one send request per packet, one io_uring_enter per flush.
 //!
-//! A send on a packet socket copies the packet and ends within the call (MSG_DONTWAIT), so after [`Transmit::kick`] only
+//! A send on a packet socket copies the packet and ends within the call (MSG_DONTWAIT), so after a flush only
 //! what is to be tried again is still here. A kill loses at most one flush, and sends nothing twice.
 //!
 //! System calls once made: io_uring_enter, io_uring_register (first use).
@@ -9,11 +9,11 @@
 
 use super::Held;
 use super::outbox::{Outbox, Pieces};
+use super::transmit::SendEngine;
 use super::uring::{Ring, SOCKET};
 use super::wakeup::classify_call;
 use crate::frame::{MAX_FRAGMENTS, RawDesc, Umem};
-use crate::nic::{BATCH_LEN, Kick, Transmit};
-use arrayvec::ArrayVec;
+use crate::nic::Kick;
 use io_uring::{opcode, squeue};
 use nix::errno::Errno;
 use std::os::fd::OwnedFd;
@@ -21,11 +21,10 @@ use std::sync::Arc;
 
 const FLAGS: i32 = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
 
-/// Sending half over io_uring. Fields drop in order: the ring before what its requests point to.
+/// Sending over io_uring. Fields drop in order: the ring before what its requests point to.
 #[derive(Debug)]
-pub struct UringTransmit<H> {
+pub(super) struct UringTransmit {
     ring: Ring,
-    outbox: Outbox<H>,
     messages: Box<[Scatter]>,
     umem: Arc<Umem>,
 }
@@ -64,34 +63,32 @@ fn address(umem: &Umem, piece: &RawDesc) -> *const u8 {
     umem.as_ptr().wrapping_add(piece.addr as usize).cast_const()
 }
 
-impl<H: Held> UringTransmit<H> {
+impl UringTransmit {
     /// Takes a socket of [`super::socket::open_send`]; up to `depth` descriptors may be in flight.
-    /// May be made on any thread; the one that kicks it first must go on using it.
-    pub fn new(socket: &OwnedFd, umem: Arc<Umem>, depth: u16, held: H) -> Result<Self, Errno> {
+    pub(super) fn new(socket: &OwnedFd, umem: Arc<Umem>, depth: u16) -> Result<Self, Errno> {
         let ring = Ring::new(socket, depth, &[opcode::Send::CODE, opcode::SendMsg::CODE])?;
-        let messages = (0..depth).map(|_| Scatter::new()).collect();
-        Ok(Self { ring, outbox: Outbox::new(depth, umem.len() as u64, held), messages, umem })
+        Ok(Self { ring, messages: (0..depth).map(|_| Scatter::new()).collect(), umem })
     }
 
     /// Makes a request of every waiting packet.
-    fn load(&mut self) {
-        while let Some((number, pieces)) = self.outbox.next() {
+    fn load<H: Held>(&mut self, outbox: &mut Outbox<H>) {
+        while let Some((number, pieces)) = outbox.next() {
             let Some(request) = request(&self.umem, self.messages.get_mut(usize::from(number)), pieces) else { continue };
             // SAFETY: frames and message stay as they are until settle(); UMEM and messages outlive the ring (field order).
             if !unsafe { self.ring.push(&request.user_data(u64::from(number))) } {
-                return self.outbox.unsend(&[number]);
+                return outbox.unsend(&[number]);
             }
         }
     }
 
     /// Takes what has completed.
-    fn collect(&mut self) {
+    fn collect<H: Held>(&mut self, outbox: &mut Outbox<H>) {
         while let Some(completion) = self.ring.completion() {
             let result = match completion.result() {
                 negative @ ..0 => Err(Errno::from_raw(negative.wrapping_neg())),
                 _ => Ok(()),
             };
-            self.outbox.settle(completion.user_data() as u16, result);
+            outbox.settle(completion.user_data() as u16, result);
         }
     }
 }
@@ -104,55 +101,17 @@ fn request(umem: &Umem, scatter: Option<&mut Scatter>, pieces: &Pieces) -> Optio
     Some(opcode::SendMsg::new(SOCKET, scatter?.point_at(umem, pieces)).flags(FLAGS as u32).build())
 }
 
-impl<H: Held> Transmit for UringTransmit<H> {
-    fn free(&mut self) -> u32 {
-        self.outbox.free()
-    }
-
-    fn put(&mut self, desc: RawDesc) {
-        self.outbox.put(desc);
-    }
-
-    fn publish(&mut self) {}
-
-    fn kick(&mut self) -> Result<Kick, Errno> {
+impl SendEngine for UringTransmit {
+    fn flush<H: Held>(&mut self, outbox: &mut Outbox<H>) -> Result<Kick, Errno> {
         self.ring.enable()?;
-        self.load();
+        self.load(outbox);
         if self.ring.has_work()
             && let Err(errno) = self.ring.submit()
         {
-            self.collect();
+            self.collect(outbox);
             return classify_call(errno);
         }
-        self.collect();
-        Ok(self.outbox.verdict())
-    }
-
-    fn reap(&mut self, out: &mut ArrayVec<u64, BATCH_LEN>) {
-        self.outbox.reap(out);
-    }
-
-    fn reaped(&mut self, count: u32) {
-        self.outbox.give_back(count);
-    }
-
-    fn survives(&self) -> bool {
-        false
-    }
-
-    fn position(&self) -> u32 {
-        self.outbox.produced()
-    }
-
-    fn reap_position(&self) -> u32 {
-        self.outbox.reaped()
-    }
-
-    fn outstanding(&self) -> u32 {
-        self.outbox.outstanding()
-    }
-
-    fn failed(&self) -> u64 {
-        self.outbox.failed()
+        self.collect(outbox);
+        Ok(outbox.verdict())
     }
 }

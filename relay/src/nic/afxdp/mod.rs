@@ -8,6 +8,7 @@ pub mod ledger;
 pub mod port;
 pub mod program;
 pub mod rings;
+mod sending;
 
 pub use create::{PortError, PortSocket, SocketSpec};
 pub use port::{XskReceive, XskTransmit, adopt};

@@ -5,8 +5,9 @@
 
 use super::create::RingSizes;
 use super::rings::{KernelRing, RingMapError};
+use super::sending::Sending;
 use crate::frame::{CONTINUES, Frame, HEADROOM, MAX_FRAGMENTS, Pool, RawDesc, Umem};
-use crate::nic::{BATCH_DESCS, BATCH_LEN, Batch, Fragment, Hint, Kick, Packet, Receive, ReceiveCounters, Transmit};
+use crate::nic::{BATCH_DESCS, BATCH_LEN, Batch, Fragment, Hint, Kick, Packet, Receive, ReceiveCounters, Refusal, Transmit};
 use crate::ring::cursor;
 use crate::sys::xdp::{self, Ring};
 use arrayvec::ArrayVec;
@@ -46,7 +47,16 @@ pub fn adopt(fd: Arc<OwnedFd>, sizes: RingSizes, depth: u32) -> Result<(XskRecei
         fill,
         fd: Arc::clone(&fd),
     };
-    let transmit = XskTransmit { position: tx.producer(), put: 0, reap_position: completion.consumer(), tx, completion, fd };
+    let transmit = XskTransmit {
+        position: tx.producer(),
+        put: 0,
+        reap_position: completion.consumer(),
+        sending: Sending::new(sizes.tx, tx.consumer()),
+        is_copying: !xdp::is_zero_copy(&fd.as_fd()).unwrap_or(false),
+        tx,
+        completion,
+        fd,
+    };
     Ok((receive, transmit))
 }
 
@@ -230,6 +240,9 @@ pub struct XskTransmit {
     position: u32,
     put: u32,
     reap_position: u32,
+    sending: Sending,
+    /// Copy mode, where EBUSY means a packet thrown away.
+    is_copying: bool,
     fd: Arc<OwnedFd>,
 }
 
@@ -265,7 +278,9 @@ impl Transmit for XskTransmit {
     }
 
     fn put(&mut self, desc: RawDesc) {
-        self.tx.set(self.position.wrapping_add(self.put), desc);
+        let index = self.position.wrapping_add(self.put);
+        self.sending.put(index, desc);
+        self.tx.set(index, RawDesc { options: desc.options & CONTINUES, ..desc });
         self.put += 1;
     }
 
@@ -281,10 +296,17 @@ impl Transmit for XskTransmit {
             if before == self.position || !self.tx.needs_wakeup() {
                 return Ok(Kick::Done);
             }
-            match xdp::kick_send(self.fd.as_raw_fd()).map_or_else(classify, |()| Ok(Kick::Done))? {
+            let result = xdp::kick_send(self.fd.as_raw_fd());
+            let after = self.tx.consumer();
+            let dropped = result == Err(Errno::EBUSY) && self.is_copying && self.sending.dropped_one(before, after, self.position);
+            match result.map_or_else(classify, |()| Ok(Kick::Done))? {
                 // The budget of one call was used up, or nothing moved: only in the first case it is worth calling again now.
-                Kick::Again | Kick::Done if self.tx.consumer() == before => return Ok(Kick::Again),
+                Kick::Again | Kick::Done if after == before && !dropped => return Ok(Kick::Again),
                 Kick::Again | Kick::Done => {}
+                Kick::Gone => {
+                    self.sending.gone(after, self.position);
+                    return Ok(Kick::Gone);
+                }
                 other => return Ok(other),
             }
         }
@@ -315,8 +337,8 @@ impl Transmit for XskTransmit {
         self.position.wrapping_sub(self.reap_position)
     }
 
-    fn failed(&self) -> u64 {
-        0
+    fn refused(&mut self) -> Option<Refusal> {
+        self.sending.refused()
     }
 }
 
