@@ -234,7 +234,7 @@ impl Parts {
         let failed = |errno| BootError::Descriptor { role: "receiving AF_PACKET socket", fd: port.receive_fd, errno };
         let receive = PacketReceive::open(receive, &self.umem, DEFAULT_DEPTH, self.held.clone(), self.engines).map_err(failed)?;
         let transmit = PacketTransmit::open(send, &self.umem, DEFAULT_DEPTH, self.held_by_senders.clone(), self.engines);
-        Ok((AnyReceive::Packet(receive), AnyTransmit::Packet(transmit)))
+        Ok((AnyReceive::Packet(Box::new(receive)), AnyTransmit::Packet(Box::new(transmit))))
     }
 
     fn adopt_xsk(&mut self, port: &PortManifest) -> Result<(AnyReceive, AnyTransmit), BootError> {

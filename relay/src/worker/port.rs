@@ -18,7 +18,7 @@ pub enum AnyReceive {
     /// AF_XDP.
     Xsk(XskReceive),
     /// AF_PACKET.
-    Packet(PacketReceive<SharedArray<u8>>),
+    Packet(Box<PacketReceive<SharedArray<u8>>>),
 }
 
 /// Any sending half.
@@ -27,7 +27,7 @@ pub enum AnyTransmit {
     /// AF_XDP.
     Xsk(XskTransmit),
     /// AF_PACKET.
-    Packet(PacketTransmit<SharedArray<u8>>),
+    Packet(Box<PacketTransmit<SharedArray<u8>>>),
 }
 
 macro_rules! each {
