@@ -152,7 +152,8 @@ fn twenty_replacements_of_packet_workers_lose_nothing() {
     let _turn = paths::turn();
     under_load(&paths::PACKET, |lab, relay| {
         for number in 1..=20 {
-            lab.relay.ip_batch(&format!("link add d{number} type dummy\nlink set d{number} up\n"))?;
+            lab.relay
+                .ip_batch(&format!("link add d{number} type veth peer name e{number}\nlink set d{number} up\nlink set e{number} up\n"))?;
             let pids = relay.worker_pids()?;
             relay.command(&["rule", "add", &format!("r0 239.4.0.{number}:5000 -> d{number}; id=d{number}")])?;
             ensure!(relay.worker_pids()? != pids, "round {number} replaced no worker");
