@@ -9,6 +9,7 @@ pub mod datapath;
 pub mod doctor;
 pub mod frame;
 pub mod lab;
+pub mod metrics;
 pub mod nic;
 pub mod plan;
 pub mod ring;

@@ -4,8 +4,8 @@ use super::failure::Failure;
 use super::values::{self, CpuList};
 use super::{Context, OK, Outcome, rules};
 use crate::nic::afpacket::Engines;
-use crate::supervisor;
 use crate::supervisor::options::{BackendChoice, Options, PartitionChoice, PipelineChoice, WaitChoice, XdpMode, ZeroCopyChoice};
+use crate::{metrics, supervisor};
 use clap::Args;
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
@@ -67,8 +67,8 @@ pub(super) struct RunArgs {
     /// How long workers forward on without a supervisor; 0: they leave at once
     #[arg(long, value_name = "DURATION", default_value = "0", value_parser = values::duration)]
     linger: Duration,
-    /// Serve metrics in the Prometheus text format at this address
-    #[arg(long, value_name = "ADDR")]
+    /// Serve metrics in the Prometheus text format at this address; a port alone is on the loopback (9464)
+    #[arg(long, value_name = "ADDR", value_parser = values::listen_address)]
     metrics: Option<SocketAddr>,
     /// Frames of packet memory per worker, 2 KiB each, a power of two
     #[arg(long, value_name = "N", default_value = "32768", value_parser = values::frames)]
@@ -86,12 +86,30 @@ pub(super) struct RunArgs {
 
 /// Checks the arguments and runs the supervisor until it is told to stop.
 pub(super) fn run(args: RunArgs, context: &Context) -> Outcome {
+    let metrics = args.metrics;
     let options = options(args, context)?;
+    if let Some(address) = metrics {
+        serve_metrics(address, context)?;
+    }
     supervisor::run(options).map_err(|error| {
         let (field, hint) = (error.field().to_string(), error.hint().to_string());
         Failure::new(error.exit_code(), error.to_string()).field(field).hint(hint)
     })?;
     Ok(OK)
+}
+
+/// Before the supervisor, so that an address that is taken changes nothing; until the relay runs, scrapes get 503.
+fn serve_metrics(address: SocketAddr, context: &Context) -> Result<(), Failure> {
+    let bound = metrics::server::start(address, &context.global.socket).map_err(|error| {
+        Failure::bad_input(format!("{address}: {error}"))
+            .field("--metrics")
+            .hint("name a free address of this host, such as 127.0.0.1:9464")
+    })?;
+    tracing::info!(address = %bound, "metrics");
+    if !bound.ip().is_loopback() {
+        tracing::warn!(address = %bound, "metrics are readable from the network");
+    }
+    Ok(())
 }
 
 fn options(args: RunArgs, context: &Context) -> Result<Options, Failure> {
@@ -113,7 +131,6 @@ fn options(args: RunArgs, context: &Context) -> Result<Options, Failure> {
         wait: args.wait,
         linger: args.linger,
         socket: context.global.socket.clone(),
-        metrics: args.metrics,
         frames: args.frames,
         heartbeat: args.heartbeat,
         worker_user: args.worker_user,

@@ -1,6 +1,7 @@
 //! Values of arguments: words, durations, CPU lists, frame counts. Pure; every error says what would be right.
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 /// Largest CPU number a list may name, plus one (`cpu_set_t`, sched_setaffinity(2)).
@@ -40,6 +41,16 @@ pub fn duration(text: &str) -> Result<Duration, String> {
 pub fn period(text: &str) -> Result<Duration, String> {
     let period = duration(text)?;
     if period.is_zero() { Err("must be longer than 0".into()) } else { Ok(period) }
+}
+
+/// `127.0.0.1:9464`, `[::1]:9464`, or `9464` for that port on the loopback.
+pub fn listen_address(text: &str) -> Result<SocketAddr, String> {
+    match text.strip_prefix(':').unwrap_or(text).parse::<u16>() {
+        Ok(port) => Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, port))),
+        Err(_) => {
+            text.parse().map_err(|_| format!("`{text}` is not an address: write ADDR:PORT, or a port for the loopback (127.0.0.1:9464)"))
+        }
+    }
 }
 
 /// CPU numbers of a list, ascending, each once.
@@ -94,6 +105,14 @@ mod tests {
             assert!(duration(text).is_err(), "{text}");
         }
         assert!(period("0").is_err() && period("0ms").is_err() && period("1ms").is_ok());
+    }
+
+    #[test]
+    fn listen_addresses() {
+        for (text, right) in [("9464", "127.0.0.1:9464"), (":9464", "127.0.0.1:9464"), ("0.0.0.0:1", "0.0.0.0:1"), ("[::1]:2", "[::1]:2")] {
+            assert_eq!(listen_address(text).map(|address| address.to_string()), Ok(right.to_owned()));
+        }
+        assert!(listen_address("localhost").is_err() && listen_address("70000").is_err());
     }
 
     #[test]

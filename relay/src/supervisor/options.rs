@@ -2,7 +2,6 @@
 
 use crate::nic::afpacket::Engines;
 use crate::rule::Rule;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -111,8 +110,6 @@ pub struct Options {
     pub linger: Duration,
     /// `--socket`.
     pub socket: PathBuf,
-    /// `--metrics`.
-    pub metrics: Option<SocketAddr>,
     /// `--frames` per worker.
     pub frames: u32,
     /// `--heartbeat`.

@@ -214,9 +214,6 @@ pub fn check_supported(rules: &[Rule], options: &Options) -> Result<(), RunError
     if options.backend == BackendChoice::Kernel {
         return missing("--backend", "the kernel path", "use --backend xsk");
     }
-    if options.metrics.is_some() {
-        return missing("--metrics", "the metrics endpoint", "use `relay stats --json`");
-    }
     for rule in rules {
         if rule.path == PathChoice::Kernel {
             return missing("path", &format!("path=kernel (rule {})", rule.id), "use path=auto");

@@ -1,7 +1,7 @@
 //! Starting and watching processes: memfds, pidfds, exec of a held descriptor as another user, signals.
 //!
-//! Must never decide who runs as whom. The supervisor is single-threaded when it forks (DECISIONS §16), so the child may
-//! use plain system calls until exec; it allocates nothing.
+//! Must never decide who runs as whom. The supervisor may have another thread when it forks (the metrics endpoint), so the child
+//! makes plain system calls until exec; it allocates nothing and takes no lock.
 #![expect(unsafe_code, reason = "fork, execveat, prctl, capset, pidfd_open")]
 
 use nix::errno::Errno;
@@ -45,7 +45,7 @@ fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
 pub fn spawn(spawn: &Spawn<'_>) -> Result<Child, Errno> {
     let argv = pointers(spawn.arguments);
     let envp = pointers(spawn.environment);
-    // SAFETY: this process has one thread (file header), and the child only makes system calls until it execs or exits.
+    // SAFETY: the child only makes system calls until it execs or exits, so a lock that another thread holds stops nothing.
     let pid = Errno::result(unsafe { libc::fork() })?;
     if pid == 0 {
         become_child(spawn, &argv, &envp);

@@ -7,7 +7,7 @@ use crate::source::Source;
 use crate::stats::words;
 
 /// A room of `relay/src` and the rooms it may name, in reading order.
-const ROOMS: [(&str, &[&str]); 16] = [
+const ROOMS: [(&str, &[&str]); 17] = [
     ("wire", &[]),
     ("rule", &["wire"]),
     ("config", &["rule", "wire"]),
@@ -23,7 +23,8 @@ const ROOMS: [(&str, &[&str]); 16] = [
     ("supervisor", &["wire", "rule", "config", "frame", "ring", "shm", "nic", "plan", "control", "sys"]),
     ("lab", &["wire", "rule", "frame", "ring", "shm", "nic", "plan", "datapath", "control", "worker", "sys"]),
     ("doctor", &["wire", "rule", "frame", "nic", "plan", "control", "supervisor", "sys"]),
-    ("cli", &["wire", "rule", "config", "shm", "nic", "plan", "control", "worker", "supervisor", "lab", "doctor", "sys"]),
+    ("metrics", &["control", "supervisor"]),
+    ("cli", &["wire", "rule", "config", "shm", "nic", "plan", "control", "worker", "supervisor", "lab", "doctor", "metrics", "sys"]),
 ];
 
 /// Text that must not stand in a room's product code, and why.
