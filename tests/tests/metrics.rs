@@ -1,5 +1,5 @@
 //! The endpoint of `--metrics` in a namespace: it parses, its sums are what the receiver saw, and drops have their reasons.
-#![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot set up its world has failed")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot set up its world has failed")]
 
 use relay::lab::{Lab, RelayProcess, send};
 use relay_tests::{Listener, needs_root, send_args, start_relay};

@@ -87,12 +87,17 @@ fn workers(page: &mut Page, status: &Status) {
     }
 }
 
+/// Name, help, and which counter of an interface.
+type Total = (&'static str, &'static str, fn(&InterfaceStats) -> u64);
+/// The same for counters by reason.
+type Reasons = (&'static str, &'static str, fn(&InterfaceStats) -> &BTreeMap<String, u64>);
+
 fn interfaces(page: &mut Page, status: &Status, stats: &[InterfaceStats]) {
     page.family("relay_interface_info", "gauge", "Always 1; how the interface is driven is in the labels.");
     for info in &status.interfaces {
         page.sample("relay_interface_info", &[("interface", &info.name), ("backend", &info.backend), ("driver", &info.driver)], 1);
     }
-    let plain: [(&str, &str, fn(&InterfaceStats) -> u64); 4] = [
+    let plain: [Total; 4] = [
         ("relay_interface_rx_packets_total", "Packets taken from the interface for the relay.", |one| one.rx_packets),
         ("relay_interface_rx_bytes_total", "Their bytes, from the Ethernet header on.", |one| one.rx_bytes),
         ("relay_interface_tx_packets_total", "Packets sent out of the interface.", |one| one.tx_packets),
@@ -101,7 +106,7 @@ fn interfaces(page: &mut Page, status: &Status, stats: &[InterfaceStats]) {
     for (name, help, value) in plain {
         page.counters(name, help, stats, |one, emit| emit(&[("interface", &one.name)], value(one)));
     }
-    let by_reason: [(&str, &str, fn(&InterfaceStats) -> &BTreeMap<String, u64>); 2] = [
+    let by_reason: [Reasons; 2] = [
         ("relay_interface_dropped_packets_total", "Packets lost before a rule could take them, by reason.", |one| &one.drops),
         ("relay_interface_passed_packets_total", "Packets XDP left to the kernel, by reason.", |one| &one.passed_by),
     ];

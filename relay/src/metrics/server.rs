@@ -10,7 +10,7 @@ use crate::supervisor::capabilities::{self, Set};
 use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Longest request, headers included.
@@ -36,7 +36,7 @@ pub fn start(address: SocketAddr, socket: &Path) -> io::Result<SocketAddr> {
     thread.map(|_detached| bound)
 }
 
-fn serve(listener: &TcpListener, socket: &PathBuf) {
+fn serve(listener: &TcpListener, socket: &Path) {
     if let Err(error) = capabilities::empty_bounding() {
         tracing::debug!(%error, "metrics: bounding set kept");
     }
