@@ -60,6 +60,7 @@ fn answer(request: Request) -> Response {
         Request::RuleList => Response::Rules(vec![rule_info()]),
         Request::Status => Response::Status(Box::new(status())),
         Request::Stats => Response::Stats(Box::new(stats())),
+        Request::Channels => Response::Channels(Box::new(channels())),
         Request::Apply { rules, .. } if rules.len() == 1 => Response::Changes(Changes { unchanged: 1, ..Changes::default() }),
         Request::Apply { rules, .. } => Response::Changes(Changes { added: rules, removed: vec!["old".into()], unchanged: 0 }),
         Request::RuleSave { file: Some(file) } => Response::Done(file),
@@ -90,6 +91,10 @@ fn status() -> Status {
 fn stats() -> Stats {
     let rule = RuleStats { outputs: vec![OutputStats::default()], ..RuleStats::default() };
     Stats { interfaces: vec![InterfaceStats::default()], rules: vec![rule], frames: FrameStats::default() }
+}
+
+fn channels() -> Channels {
+    Channels { channels: vec![ChannelInfo::default()], segments: vec![SegmentInfo::default()] }
 }
 
 /// Runs the binary without anything of this test's environment that it would heed.
@@ -217,6 +222,7 @@ fn facts_are_on_stdout_and_exit_code_is_0() {
     let cases = [
         ("status", "WORKER"),
         ("stats", "frames: 0 = none"),
+        ("channels", "OVERRUNS"),
         ("rule|list", "eth0 239.1.1.1:5000 -> eth1"),
         ("rule|explain|r1", "path xsk, engine tx: a rewrite per output"),
         ("rule|del|r1", "r1"),
@@ -251,6 +257,10 @@ fn json_has_the_keys_of_the_contract() {
     assert_keys(&status["interfaces"][0], "name backend reason driver queues");
     assert_keys(&status["workers"][0], "id pid state cpu restarts last_exit heartbeat_age_ms");
     assert_keys(&json("rule|list")[0], "id rule path engine reason joined");
+    let channels = json("channels");
+    assert_keys(&channels, "channels segments");
+    assert_keys(&channels["channels"][0], "name kind worker memory_bytes capacity depth high_water sent received dropped overruns");
+    assert_keys(&channels["segments"][0], "name worker memory_bytes");
     let stats = json("stats");
     assert_keys(&stats, "interfaces rules frames");
     assert_keys(&stats["interfaces"][0], "name rx_packets rx_bytes passed drops");

@@ -351,3 +351,22 @@ fn req_001_11_two_workers_forward_every_packet_once() {
         relay.sigterm(Duration::from_secs(2)).unwrap();
     }
 }
+
+/// `--partition` on the packet path: whatever the scheme, every packet goes to exactly one worker, and both get some.
+#[test]
+fn req_003_4_packet_sockets_share_as_partition_says() {
+    needs_root!();
+    let lab = Lab::new(LabSpec { queues: 2, ..LabSpec::default() }).unwrap();
+    for scheme in ["flow-hash", "consistent", "range", "round-robin"] {
+        let rule = "r0 239.1.1.1:5000 -> r1 239.9.9.9:6000; path=packet";
+        let mut relay = start_relay(&lab, &["--workers", "2", "--partition", scheme, "--rule", rule]).unwrap();
+        sixteen_flows(&lab);
+        std::thread::sleep(Duration::from_millis(100));
+        let channels = relay.query(&["channels"]).unwrap();
+        let rows = channels["channels"].as_array().unwrap().iter().filter(|row| row["kind"] == "egress");
+        let sent: Vec<u64> = rows.map(|row| row["sent"].as_u64().unwrap()).collect();
+        println!("{scheme}: {sent:?}");
+        assert!(sent.len() == 2 && sent.iter().all(|count| *count > 0) && sent.iter().sum::<u64>() == 8_000, "{scheme}: {sent:?}");
+        relay.sigterm(Duration::from_secs(2)).unwrap();
+    }
+}

@@ -5,7 +5,7 @@
 
 mod report;
 
-use crate::{packages, tidy, workspace};
+use crate::{packages, requirements, tidy, workspace};
 use anyhow::{Context, Result};
 use report::Report;
 use std::io::{BufRead, BufReader};
@@ -77,6 +77,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     }
     println!("\nxtask: all of it took {} s", start.elapsed().as_secs());
     print!("{report}");
+    if args.filter.is_none() {
+        requirements::record(&report.outcomes())?;
+    }
     Ok(if report.passes() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

@@ -3,7 +3,7 @@
 use super::failure::Failure;
 use super::{Context, OK, Outcome, VERDICT_FAILED};
 use crate::lab::bench as path;
-use crate::lab::ringbench::{self, processes, ring};
+use crate::lab::ringbench::{self, channels, processes, ring, workers};
 use clap::Subcommand;
 
 /// What is measured.
@@ -15,6 +15,10 @@ pub(super) enum BenchCommand {
     Ring(ring::Args),
     /// What a message costs from process to process
     Ipc(processes::Args),
+    /// What a writer pays for many readers
+    Channels(channels::Args),
+    /// Whether workers that share nothing scale with the CPUs
+    Workers(workers::Args),
 }
 
 /// Measures and prints.
@@ -22,6 +26,14 @@ pub(super) fn run(command: &BenchCommand, context: &Context) -> Outcome {
     match command {
         BenchCommand::Path(args) => run_path(args, context),
         BenchCommand::Ring(args) => print(&ring::measure(args).map_err(failed)?, context),
+        BenchCommand::Channels(args) => {
+            let report = channels::measure(args).map_err(failed)?;
+            context.output.facts(&report, |_| channels::table(&report)).map(|()| OK)
+        }
+        BenchCommand::Workers(args) => {
+            let report = workers::measure(args).map_err(failed)?;
+            context.output.facts(&report, |_| workers::table(&report)).map(|()| OK)
+        }
         BenchCommand::Ipc(args) => print(&processes::measure(args).map_err(failed)?, context),
     }
 }

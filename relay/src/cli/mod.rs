@@ -5,6 +5,7 @@
 
 mod apply;
 mod bench;
+mod channels;
 mod check;
 mod completions;
 mod demo;
@@ -90,6 +91,8 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Why a rule moves no packets, in sentences; exit code 5 if it does not
     Why(why::WhyArgs),
+    /// Shared-memory channels between supervisor and workers: memory, depth, what moved, what was lost
+    Channels,
     /// Send numbered, stamped datagrams at a steady rate
     Send(lab::send::Args),
     /// Receive and verify what `send` sent; the exit code is the verdict
@@ -160,6 +163,7 @@ fn dispatch(command: Command, context: &Context) -> Outcome {
         Command::Stats => stats::run(context),
         Command::Doctor(args) => doctor::run(&args, context),
         Command::Why(args) => why::run(&args, context),
+        Command::Channels => channels::run(context),
         Command::Send(args) => send::run(&args, context),
         Command::Recv(args) => recv::run(&args, context),
         Command::Demo(args) => demo::run(&args, context),
@@ -178,6 +182,7 @@ fn unexpected(response: &Response) -> Failure {
         Response::Rules(_) => "rules",
         Response::Status(_) => "status",
         Response::Stats(_) => "stats",
+        Response::Channels(_) => "channels",
         Response::Changes(_) => "changes",
         Response::Error(_) => "error",
     };

@@ -4,7 +4,8 @@ use super::failure::Failure;
 use super::values::{self, CpuList};
 use super::{Context, OK, Outcome, rules};
 use crate::nic::afpacket::Engines;
-use crate::supervisor::options::{BackendChoice, Options, PartitionChoice, PipelineChoice, WaitChoice, XdpMode, ZeroCopyChoice};
+use crate::supervisor::options::{BackendChoice, Options, PipelineChoice, WaitChoice, XdpMode, ZeroCopyChoice};
+use crate::worker::partition::Scheme;
 use crate::{metrics, supervisor};
 use clap::Args;
 use nix::sched::{CpuSet, sched_getaffinity};
@@ -21,12 +22,8 @@ const PIPELINES: &[(&str, PipelineChoice)] =
     &[("auto", PipelineChoice::Auto), ("fused", PipelineChoice::Fused), ("split", PipelineChoice::Split)];
 const WAITS: &[(&str, WaitChoice)] = &[("spin", WaitChoice::Spin), ("adaptive", WaitChoice::Adaptive), ("poll", WaitChoice::Poll)];
 const IO_URING: &[(&str, Engines)] = &[("auto", Engines::Best), ("off", Engines::PlainOnly)];
-const PARTITIONS: &[(&str, PartitionChoice)] = &[
-    ("flow-hash", PartitionChoice::FlowHash),
-    ("consistent", PartitionChoice::Consistent),
-    ("range", PartitionChoice::Range),
-    ("round-robin", PartitionChoice::RoundRobin),
-];
+const PARTITIONS: &[(&str, Scheme)] =
+    &[("flow-hash", Scheme::FlowHash), ("consistent", Scheme::Consistent), ("range", Scheme::Range), ("round-robin", Scheme::RoundRobin)];
 
 /// Arguments of `relay run`.
 #[derive(Debug, Args)]
@@ -57,7 +54,7 @@ pub(super) struct RunArgs {
     cpus: Option<CpuList>,
     /// How flows are dealt out to several workers
     #[arg(long, value_parser = values::choice(PARTITIONS), default_value = "flow-hash")]
-    partition: PartitionChoice,
+    partition: Scheme,
     /// Engine of the packet path; off: recvmmsg and sendmmsg
     #[arg(long, value_parser = values::choice(IO_URING), default_value = "auto")]
     io_uring: Engines,

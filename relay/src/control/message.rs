@@ -29,6 +29,8 @@ pub enum Request {
     Status,
     /// Counters.
     Stats,
+    /// Shared-memory channels.
+    Channels,
     /// Make the running set equal to these lines.
     Apply {
         /// The lines of the new set.
@@ -57,6 +59,8 @@ pub enum Response {
     Status(Box<Status>),
     /// Answer to [`Request::Stats`].
     Stats(Box<Stats>),
+    /// Answer to [`Request::Channels`].
+    Channels(Box<Channels>),
     /// Answer to [`Request::Apply`].
     Changes(Changes),
     /// Refused: nothing was changed.
@@ -246,4 +250,51 @@ pub struct OutputStats {
     pub tx_bytes: u64,
     /// Packets this output did not get, by reason.
     pub drops: BTreeMap<String, u64>,
+}
+
+/// `relay channels`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Channels {
+    /// One for each channel and worker.
+    pub channels: Vec<ChannelInfo>,
+    /// The memory that they lie in, with everything else that workers share with the supervisor.
+    pub segments: Vec<SegmentInfo>,
+}
+
+/// A channel in [`Channels`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChannelInfo {
+    /// `control`, `status`, `rules`, `return`, or `egress IFACE`.
+    pub name: String,
+    /// `control status rules return egress`.
+    pub kind: String,
+    /// Number of the worker.
+    pub worker: u32,
+    /// Bytes of the channel, or of the segment that is one.
+    pub memory_bytes: u64,
+    /// Slots.
+    pub capacity: u64,
+    /// Messages sent and not received.
+    pub depth: u64,
+    /// Most of them at any look of the supervisor (at least 20 a second).
+    pub high_water: u64,
+    /// Messages sent.
+    pub sent: u64,
+    /// Messages received.
+    pub received: u64,
+    /// Messages that found no room.
+    pub dropped: u64,
+    /// Messages overwritten before the reader came.
+    pub overruns: u64,
+}
+
+/// A segment in [`Channels`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SegmentInfo {
+    /// Name in /proc/PID/maps.
+    pub name: String,
+    /// Number of the worker; none: all of them.
+    pub worker: Option<u32>,
+    /// Bytes of address space; what is touched takes memory.
+    pub memory_bytes: u64,
 }

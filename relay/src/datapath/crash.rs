@@ -14,7 +14,7 @@ use crate::nic::memory::{Arrival, MemoryReceive, MemoryTransmit, SharedWire, Wir
 use crate::plan::counters::{Counter, output_range, port_rx, rule_range};
 use crate::plan::edit::{Edit, SET_DPORT, SET_DST, TTL_DEC, TTL_KEEP, TTL_SET, VLAN_KEEP, VLAN_SET};
 use crate::plan::fate::OutputDropReason;
-use crate::plan::status::{STATUS_LEN, StatusPage};
+use crate::plan::status::StatusPage;
 use crate::plan::work::WorkLayout;
 use crate::ring::{self, Consumer, Memory, Producer};
 use crate::rule::compile::Compiled;
@@ -90,12 +90,11 @@ impl World {
         for port in 0..PORTS {
             ring::init::<RawDesc>(work.as_ref(), layout.egress_ring(port), SLOTS).unwrap();
         }
-        let status = Arc::new(region(STATUS_LEN));
+        let page = StatusPage::create().unwrap().1;
         let wire = |survives: bool| Rc::new(RefCell::new(Wire::new(survives, 16)));
         let wires: Vec<SharedWire> = survives.into_iter().map(wire).collect();
         wires[0].borrow_mut().queue = arrivals.into();
         let umem = Arc::new(Umem::new(region((FRAMES * FRAME_SIZE) as usize)));
-        let page = StatusPage::new(&status).unwrap();
         Self { umem, work, layout, counters: page.ingress.clone(), page, wires, outputs, in_ingress: Cell::new(false) }
     }
 

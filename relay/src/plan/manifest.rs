@@ -1,33 +1,45 @@
-//! What a worker is told at start: which descriptor is what, its ports, how to run. JSON in the control segment.
+//! What a worker is told: at start its manifest (which descriptor is what, its ports, how to run), then commands.
 //!
 //! ```text
-//! control segment: 0 magic u64 · 8 version u32 · 12 manifest length u32 · 64 command u32 · 4096 manifest (JSON)
+//! control segment: 0 channel of commands (shm/channel.rs) · 4096 manifest length u32 · 4160 manifest (JSON)
 //! ```
-//! Written by the supervisor before the exec, but for the command word. A worker's ports are fixed at exec (DECISIONS §3).
+//! One for each process, made and written by the supervisor before the exec and sealed: no other process can ever write it.
+//! A worker's ports are fixed at exec (DECISIONS §3).
 
 use crate::nic::afpacket::Engines;
 use crate::nic::afxdp::create::RingSizes;
+use crate::ring::Received;
+use crate::shm::channel::channel_len;
+use crate::shm::{ChannelError, ChannelStats, Reader, Segment, Writer};
 use crate::sys::shared::OutOfMapping;
-use crate::sys::{Mapping, SharedArray, SharedWord, SharedWord64};
+use crate::sys::{SharedArray, SharedWord};
+use bytemuck::{Pod, Zeroable};
 use serde::{Deserialize, Serialize};
-use std::sync::Arc;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering::{Acquire, Release};
 
-/// "RLYCTRL" and a zero byte.
-const MAGIC: u64 = u64::from_le_bytes(*b"RLYCTRL\0");
 /// Counted up whenever a layout in this room changes.
-pub const LAYOUT_VERSION: u32 = 2;
-const COMMAND: usize = 64;
-const MANIFEST: usize = 4096;
+pub const LAYOUT_VERSION: u32 = 3;
+/// Commands that a worker may fall behind.
+pub const COMMANDS: u32 = 16;
+const MANIFEST_LEN: usize = 4096;
+const MANIFEST: usize = MANIFEST_LEN + 64;
 /// Bytes of a control segment.
-pub const CONTROL_LEN: usize = 64 * 1024;
+const CONTROL_LEN: usize = 64 * 1024;
+
+const _: () = assert!(channel_len::<Command>(COMMANDS) <= MANIFEST_LEN, "the commands reach into the manifest");
+
+/// What the supervisor tells a running worker. 4 bytes.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Command(u32);
 
 /// Go on.
-pub const COMMAND_RUN: u32 = 0;
+pub const COMMAND_RUN: Command = Command(0);
 /// Planned replacement: stop receiving at once (arrivals wait in the RX ring), send what is in hand, exit with status 0.
-pub const COMMAND_DRAIN: u32 = 1;
+pub const COMMAND_DRAIN: Command = Command(1);
 /// Stop: take what is left in the RX rings, send it, exit with status 0.
-pub const COMMAND_STOP: u32 = 2;
+pub const COMMAND_STOP: Command = Command(2);
 
 /// How a port is driven.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,72 +129,146 @@ pub struct Manifest {
 /// Why a control segment was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ManifestError {
+    /// Its channel.
+    #[error("control segment: {0}")]
+    Channel(#[from] ChannelError),
     /// Too small.
-    #[error(transparent)]
+    #[error("control segment: {0}")]
     Layout(#[from] OutOfMapping),
-    /// Not a control segment.
-    #[error("no control segment: magic is {0:#x}")]
-    Magic(u64),
-    /// Of another build.
-    #[error("control segment has layout version {0}, this program speaks {LAYOUT_VERSION}")]
+    /// The manifest is of another build.
+    #[error("manifest has layout version {0}, this program speaks {LAYOUT_VERSION}")]
     Version(u32),
     /// The manifest is longer than the segment, or no JSON of this shape.
     #[error("manifest: {0}")]
     Content(String),
 }
 
-/// A mapped control segment.
+/// The supervisor's end of a control segment.
 #[derive(Debug)]
-pub struct Control {
-    mapping: Arc<Mapping>,
-    command: SharedWord,
-}
+pub struct Control(Writer<Command>);
 
 impl Control {
-    /// Writes a fresh control segment (supervisor).
-    pub fn write(mapping: Arc<Mapping>, manifest: &Manifest) -> Result<Self, ManifestError> {
+    /// Makes the control segment of a process that is to start.
+    pub fn create(manifest: &Manifest) -> Result<Self, ManifestError> {
         let text = serde_json::to_vec(manifest).map_err(|error| ManifestError::Content(error.to_string()))?;
-        let body = SharedArray::<u8>::new(&mapping, MANIFEST, text.len())?;
+        let segment = Segment::create_for_readers("relay-control", CONTROL_LEN).map_err(ChannelError::from)?;
+        let body = SharedArray::<u8>::new(segment.mapping(), MANIFEST, text.len())?;
         body.set_all(0, &text);
-        let command = SharedWord::new(&mapping, COMMAND)?;
-        command.store(COMMAND_RUN, Release);
-        SharedWord::new(&mapping, 8)?.store(LAYOUT_VERSION, Release);
-        SharedWord::new(&mapping, 12)?.store(text.len() as u32, Release);
-        SharedWord64::new(&mapping, 0)?.store(MAGIC, Release);
-        Ok(Self { mapping, command })
+        SharedWord::new(segment.mapping(), MANIFEST_LEN)?.store(text.len() as u32, Release);
+        Ok(Self(Writer::create_in(segment, COMMANDS)?))
     }
 
-    /// Takes a control segment (worker).
-    pub fn join(mapping: Arc<Mapping>) -> Result<Self, ManifestError> {
-        let magic = SharedWord64::new(&mapping, 0)?.load(Acquire);
-        if magic != MAGIC {
-            return Err(ManifestError::Magic(magic));
-        }
-        let version = SharedWord::new(&mapping, 8)?.load(Acquire);
-        if version != LAYOUT_VERSION {
-            return Err(ManifestError::Version(version));
-        }
-        let command = SharedWord::new(&mapping, COMMAND)?;
-        Ok(Self { mapping, command })
+    /// Tells the worker what to do.
+    pub fn command(&mut self, command: Command) {
+        // Without a gate a channel takes every message.
+        let _ = self.0.send(&command);
+    }
+
+    /// Commands given.
+    pub const fn sent(&self) -> u64 {
+        self.0.sent()
+    }
+
+    /// Bytes of the segment.
+    pub fn memory_bytes(&self) -> u64 {
+        self.0.segment().len() as u64
+    }
+}
+
+impl AsFd for Control {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// The worker's end.
+#[derive(Debug)]
+pub struct Orders {
+    commands: Reader<Command>,
+    last: Command,
+}
+
+impl Orders {
+    /// Takes the reading end.
+    pub const fn new(commands: Reader<Command>) -> Self {
+        Self { commands, last: COMMAND_RUN }
     }
 
     /// Reads the manifest.
     pub fn manifest(&self) -> Result<Manifest, ManifestError> {
-        let len = SharedWord::new(&self.mapping, 12)?.load(Acquire) as usize;
-        let body = SharedArray::<u8>::new(&self.mapping, MANIFEST, len)?;
+        let mapping = self.commands.segment().mapping();
+        let len = SharedWord::new(mapping, MANIFEST_LEN)?.load(Acquire) as usize;
+        let body = SharedArray::<u8>::new(mapping, MANIFEST, len)?;
         let mut text = vec![0; len];
         body.get_all(0, &mut text);
-        serde_json::from_slice(&text).map_err(|error| ManifestError::Content(error.to_string()))
+        let manifest: Manifest = serde_json::from_slice(&text).map_err(|error| ManifestError::Content(error.to_string()))?;
+        if manifest.version == LAYOUT_VERSION { Ok(manifest) } else { Err(ManifestError::Version(manifest.version)) }
     }
 
-    /// What the worker shall do.
+    /// What to do now: the newest command.
     #[inline]
-    pub fn command(&self) -> u32 {
-        self.command.load(Acquire)
+    pub fn command(&mut self) -> Command {
+        match self.commands.receive() {
+            Received::Empty => {}
+            Received::Message(command) => self.last = command,
+            Received::Overrun(_) => self.last = self.commands.latest().unwrap_or(self.last),
+        }
+        self.last
     }
 
-    /// Tells the worker what to do (supervisor).
-    pub fn set_command(&self, command: u32) {
-        self.command.store(command, Release);
+    /// What came.
+    pub fn stats(&mut self) -> ChannelStats {
+        self.commands.stats()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shm::channel::duplicate;
+
+    fn manifest(version: u32) -> Manifest {
+        Manifest {
+            version,
+            worker: 3,
+            generation: 1,
+            frame_count: 64,
+            egress_capacity: 64,
+            umem_fd: 3,
+            work_fd: 4,
+            rules_fd: 5,
+            life_fd: 6,
+            split: false,
+            io_uring: Engines::Best,
+            wait: WaitMode::Poll,
+            cpus: vec![],
+            heartbeat_ms: 100,
+            linger_ms: 0,
+            ports: vec![],
+        }
+    }
+
+    fn orders(control: &Control) -> Orders {
+        Orders::new(Reader::open(duplicate(control.as_fd()).unwrap()).unwrap())
+    }
+
+    #[test]
+    fn req_000_3_orders_go_down_and_the_worker_cannot_write_them() {
+        let mut control = Control::create(&manifest(LAYOUT_VERSION)).unwrap();
+        let mut orders = orders(&control);
+        assert_eq!((orders.manifest().unwrap(), orders.command()), (manifest(LAYOUT_VERSION), COMMAND_RUN));
+        control.command(COMMAND_DRAIN);
+        assert_eq!((orders.command(), orders.command()), (COMMAND_DRAIN, COMMAND_DRAIN));
+        (0..100).for_each(|_| control.command(COMMAND_STOP));
+        assert_eq!((orders.command(), control.sent()), (COMMAND_STOP, 101), "behind, and told the newest");
+        let sealed = Segment::join(duplicate(control.as_fd()).unwrap(), crate::shm::Access::ReadWrite);
+        assert!(sealed.is_err(), "nobody but the maker maps it for writing");
+        assert!(Writer::<Command>::adopt(duplicate(control.as_fd()).unwrap()).is_err());
+    }
+
+    #[test]
+    fn a_manifest_of_another_build_is_refused() {
+        let control = Control::create(&manifest(LAYOUT_VERSION + 1)).unwrap();
+        assert_eq!(orders(&control).manifest(), Err(ManifestError::Version(LAYOUT_VERSION + 1)));
     }
 }

@@ -1,7 +1,7 @@
 //! The rules segment: one snapshot of the rule set for all workers, written by the supervisor, read-only to them.
 //!
 //! ```text
-//! 0 magic u64 · 8 version u32 · 64 epoch u32 (the half in force is epoch & 1)
+//! 0 header (shm/header.rs) · 256 epoch u32 (the half in force is epoch & 1)
 //! half: counts · rule records · output records · prefixes · own addresses · canonical texts
 //! ```
 //! Two halves: the supervisor writes the one not in force, then publishes the epoch; it writes a half again only when no
@@ -11,17 +11,17 @@
 use super::counters::{MAX_OUTPUTS, MAX_RULES};
 use super::edit::Edit;
 use super::fate::OutputDropReason;
+use crate::ring::layout::layout_hash;
 use crate::rule::Prefix;
 pub use crate::rule::prefix::to_bytes as address_bytes;
+use crate::shm::{HEADER_SIZE, Header, HeaderError};
 use crate::sys::shared::OutOfMapping;
-use crate::sys::{Mapping, SharedArray, SharedWord, SharedWord64};
+use crate::sys::{Mapping, SharedArray, SharedWord};
 use bytemuck::{Pod, Zeroable};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Release};
 
-/// "RLYRULE" and a zero byte.
-const MAGIC: u64 = u64::from_le_bytes(*b"RLYRULE\0");
 const MAX_PREFIXES: usize = 65_536;
 const MAX_OWN: usize = 4096;
 const TEXT_LEN: usize = 8 * 1024 * 1024;
@@ -151,9 +151,9 @@ pub fn prefix_from(family: u32, addr: [u8; 16], len: u32) -> Prefix {
 /// Why a snapshot could not be published or read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RecordsError {
-    /// Not a rules segment.
-    #[error("no rules segment: magic is {0:#x}")]
-    Magic(u64),
+    /// Not a rules segment of this build.
+    #[error("rules segment: {0}")]
+    Header(#[from] HeaderError),
     /// Outside the segment.
     #[error(transparent)]
     Layout(#[from] OutOfMapping),
@@ -219,19 +219,18 @@ fn check(what: &'static str, count: usize, max: usize) -> Result<(), RecordsErro
 impl RulesSegment {
     /// A fresh segment (supervisor).
     pub fn create(m: &Arc<Mapping>) -> Result<Self, RecordsError> {
-        let segment = Self::map(m)?;
-        SharedWord64::new(m, 0)?.store(MAGIC, Release);
-        Ok(segment)
+        Header::create(Arc::<Mapping>::clone(m), layout_hash::<RuleRecord>())?.own();
+        Self::map(m)
     }
 
     /// An existing segment (worker).
     pub fn join(m: &Arc<Mapping>) -> Result<Self, RecordsError> {
-        let magic = SharedWord64::new(m, 0)?.load(Acquire);
-        if magic == MAGIC { Self::map(m) } else { Err(RecordsError::Magic(magic)) }
+        Header::open(Arc::<Mapping>::clone(m), layout_hash::<RuleRecord>())?;
+        Self::map(m)
     }
 
     fn map(m: &Arc<Mapping>) -> Result<Self, RecordsError> {
-        Ok(Self { epoch: SharedWord::new(m, 64)?, halves: [Half::new(m, 0)?, Half::new(m, 1)?] })
+        Ok(Self { epoch: SharedWord::new(m, HEADER_SIZE)?, halves: [Half::new(m, 0)?, Half::new(m, 1)?] })
     }
 
     /// Epoch in force.
@@ -322,12 +321,11 @@ fn read_rule(half: &Half, record: RuleRecord) -> SnapshotRule {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::shm::Segment;
 
     #[test]
     fn what_is_published_is_read() {
-        let fd = nix::sys::memfd::memfd_create(c"rules-test", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap();
-        nix::unistd::ftruncate(&fd, RULES_LEN as i64).unwrap();
-        let mapping = Arc::new(Mapping::new(&fd, 0, RULES_LEN, true, false).unwrap());
+        let mapping = Segment::create("rules-test", RULES_LEN).unwrap().into_parts().1;
         let segment = RulesSegment::create(&mapping).unwrap();
         let rule = |slot: u32| SnapshotRule {
             record: RuleRecord { slot, serial: 7, family: 4, ..RuleRecord::default() },

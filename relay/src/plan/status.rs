@@ -1,31 +1,32 @@
-//! The status segment of a worker: state, heartbeat, acknowledged epoch, where its frames are, counters.
+//! The status segment of a worker: a channel of reports, heartbeat, state, acknowledged epoch, counters.
 //!
 //! ```text
-//! 0 magic u64 · 8 version u32 · 64.. words, one writer: the worker · 512 rungs by port · 1024 send reports by port (egress thread) ·
-//! 4096 serials by rule slot · by output slot · counters (ingress) · counters (egress)
+//!    0 header: owner, state, beats, turns (shm/header.rs, shm/state.rs) · 256 channel of FrameStats (shm/channel.rs)
+//! 4096 words, one writer: the worker · 4608 rungs by port · 5120 send reports by port (egress thread)
+//! 8192 serials by rule slot · by output slot · counters (ingress) · counters (egress)
 //! ```
-//! Survives the worker: the successor goes on in the same segment. State machine (who may take the edge):
-//! ```text
-//!        worker            worker              worker
-//!  BOOT ───────▶ RUN ────────────▶ HALT   RUN ───────▶ FAIL
-//!    ▲             drained, exits 0        gives up, exits 1
-//!    └── supervisor, before it starts a successor
-//! ```
+//! Made by the supervisor before the worker, and survives it: the successor goes on in the same segment, under a new epoch.
 //! Must never be believed by the supervisor beyond its bounds: a worker may be compromised.
 
 use super::counters::{COUNTER_COUNT, Counter, MAX_OUTPUTS, MAX_PORTS, MAX_RULES};
+use crate::ring::layout::layout_hash;
+use crate::ring::memory::LINE_SIZE;
+use crate::shm::channel::{channel_len, duplicate, prepare};
+use crate::shm::{ChannelError, Header, Reader, Segment};
 use crate::sys::shared::OutOfMapping;
-use crate::sys::{Mapping, SharedArray, SharedWord, SharedWord64};
+use crate::sys::{SharedArray, SharedWord, SharedWord64};
 use bytemuck::{Pod, Zeroable};
 use serde::{Deserialize, Serialize};
+use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::Ordering::Relaxed;
 
-/// "RLYSTAT" and a zero byte.
-const MAGIC: u64 = u64::from_le_bytes(*b"RLYSTAT\0");
-const RUNGS: usize = 512;
+/// Reports that a reader may fall behind (a report a beat).
+pub const REPORTS: u32 = 16;
+const PAGE: usize = 4096;
+const RUNGS: usize = PAGE + 512;
 const SENDS: usize = RUNGS + MAX_PORTS * size_of::<RungReport>();
-const RULE_SERIALS: usize = 4096;
+const RULE_SERIALS: usize = 2 * PAGE;
 const _: () = assert!(SENDS + MAX_PORTS * size_of::<SendReport>() <= RULE_SERIALS);
 const OUTPUT_SERIALS: usize = RULE_SERIALS + MAX_RULES * 4;
 const COUNTERS: usize = OUTPUT_SERIALS + MAX_OUTPUTS * 4;
@@ -33,17 +34,8 @@ const ARRAY_LEN: usize = (COUNTER_COUNT * size_of::<Counter>()).next_multiple_of
 /// Bytes of a status segment (sparse: only touched pages take memory).
 pub const STATUS_LEN: usize = COUNTERS + 2 * ARRAY_LEN;
 
-/// Being set up.
-pub const STATE_BOOT: u32 = 0;
-/// Forwarding.
-pub const STATE_RUN: u32 = 1;
-/// Drained.
-pub const STATE_HALT: u32 = 2;
-/// Given up.
-pub const STATE_FAIL: u32 = 3;
-
-/// Words of [`FrameStats`], in the order of its fields.
-const FRAME_WORDS: usize = 11;
+const _: () = assert!(COUNTERS.is_multiple_of(LINE_SIZE) && ARRAY_LEN.is_multiple_of(LINE_SIZE), "two writers would share a line");
+const _: () = assert!(channel_len::<FrameStats>(REPORTS) <= PAGE, "the reports reach into the words");
 
 /// AF_XDP.
 pub const RUNG_XSK: u32 = 1;
@@ -81,8 +73,9 @@ pub struct SendReport {
     pub zero: u32,
 }
 
-/// Where the frames are. The places sum to `total`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Where the frames are, as the worker reports it at every beat. The places sum to `total`. 88 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, Pod, Zeroable)]
 pub struct FrameStats {
     /// Frames of all UMEMs.
     pub total: u64,
@@ -109,33 +102,34 @@ pub struct FrameStats {
     pub lost_invalid: u64,
 }
 
-/// A mapped status segment.
+/// Why a status segment could not be made or used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StatusError {
+    /// The channel in it.
+    #[error("status segment: {0}")]
+    Channel(#[from] ChannelError),
+    /// Too small.
+    #[error("status segment: {0}")]
+    Layout(#[from] OutOfMapping),
+}
+
+/// A mapped status segment, but for the reports in it: those have an end for each side.
 #[derive(Clone, Debug)]
 pub struct StatusPage {
-    magic: SharedWord64,
-    /// `STATE_*`.
-    pub state: SharedWord,
+    /// Owner, state, heartbeat, turns.
+    pub header: Arc<Header>,
     /// Epoch of the rules in use.
     pub acked_epoch: SharedWord,
-    /// Process id.
-    pub pid: SharedWord,
-    /// Beats.
-    pub beat: SharedWord64,
-    /// CLOCK_MONOTONIC of the last beat.
-    pub beat_ns: SharedWord64,
-    /// Turns that took a packet.
-    pub turns: SharedWord64,
+    /// Journal states found at the last start: ingress | egress << 8.
+    pub recovered: SharedWord,
+    /// CPU of the ingress thread plus 1; 0: not pinned.
+    cpu: SharedWord,
+    /// Commands taken from the control channels, by this worker and its predecessors.
+    pub commands: SharedWord,
     /// Packets processed again after a kill, since the segment was made.
     pub replayed: SharedWord64,
     /// Frames taken back from rings that died.
     pub reclaimed: SharedWord64,
-    /// Journal states found at the last start: ingress | egress << 8.
-    pub recovered: SharedWord,
-    /// Counted up before and after the frame words are written.
-    frame_sequence: SharedWord,
-    frames: SharedArray<u64>,
-    /// CPU of the ingress thread, or `u32::MAX`.
-    pub cpu: SharedWord,
     /// The rung by port, written at start.
     pub rungs: SharedArray<RungReport>,
     /// Health of sending ports, written by the egress thread.
@@ -151,24 +145,28 @@ pub struct StatusPage {
 }
 
 impl StatusPage {
-    /// The page over a mapping of [`STATUS_LEN`] bytes.
-    pub fn new(m: &Arc<Mapping>) -> Result<Self, OutOfMapping> {
+    /// Makes a status segment before its worker exists (supervisor).
+    pub fn create() -> Result<(Arc<Segment>, Self, Reader<FrameStats>), StatusError> {
+        let segment = Segment::create("relay-status", STATUS_LEN).map_err(ChannelError::from)?;
+        let segment = prepare::<FrameStats>(segment, REPORTS)?;
+        let reports = Reader::open(duplicate(segment.as_fd())?)?;
+        Ok((Arc::clone(&segment), Self::of(&segment)?, reports))
+    }
+
+    /// The page in a segment whose channel has been opened (worker), or made.
+    pub fn of(segment: &Arc<Segment>) -> Result<Self, StatusError> {
+        let header = Header::open(segment.clone(), layout_hash::<FrameStats>()).map_err(ChannelError::from)?;
+        let m = segment.mapping();
         Ok(Self {
-            magic: SharedWord64::new(m, 0)?,
-            state: SharedWord::new(m, 64)?,
-            acked_epoch: SharedWord::new(m, 68)?,
-            pid: SharedWord::new(m, 72)?,
-            recovered: SharedWord::new(m, 76)?,
-            beat: SharedWord64::new(m, 128)?,
-            beat_ns: SharedWord64::new(m, 136)?,
-            turns: SharedWord64::new(m, 144)?,
-            replayed: SharedWord64::new(m, 152)?,
-            reclaimed: SharedWord64::new(m, 160)?,
-            cpu: SharedWord::new(m, 168)?,
+            header: Arc::new(header),
+            acked_epoch: SharedWord::new(m, PAGE)?,
+            recovered: SharedWord::new(m, PAGE + 4)?,
+            cpu: SharedWord::new(m, PAGE + 8)?,
+            commands: SharedWord::new(m, PAGE + 12)?,
+            replayed: SharedWord64::new(m, PAGE + 16)?,
+            reclaimed: SharedWord64::new(m, PAGE + 24)?,
             rungs: SharedArray::new(m, RUNGS, MAX_PORTS)?,
             sends: SharedArray::new(m, SENDS, MAX_PORTS)?,
-            frame_sequence: SharedWord::new(m, 256)?,
-            frames: SharedArray::new(m, 264, FRAME_WORDS)?,
             ingress: SharedArray::new(m, COUNTERS, COUNTER_COUNT)?,
             egress: SharedArray::new(m, COUNTERS + ARRAY_LEN, COUNTER_COUNT)?,
             rule_serials: SharedArray::new(m, RULE_SERIALS, MAX_RULES)?,
@@ -176,32 +174,48 @@ impl StatusPage {
         })
     }
 
-    /// Marks a fresh segment.
-    pub fn initialise(&self) {
-        self.cpu.store(u32::MAX, Relaxed);
-        self.magic.store(MAGIC, Release);
+    /// CPU of the ingress thread, or -1 (`relay status`).
+    pub fn cpu(&self) -> i32 {
+        i32::try_from(self.cpu.load(Relaxed)).unwrap_or(0) - 1
     }
 
-    /// Whether this is a status segment.
-    pub fn is_valid(&self) -> bool {
-        self.magic.load(Acquire) == MAGIC
+    /// Says where the ingress thread runs.
+    pub fn set_cpu(&self, cpu: usize) {
+        self.cpu.store(u32::try_from(cpu).map_or(0, |cpu| cpu.saturating_add(1)), Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shm::{Actor, State, Writer, coarse_now};
+
+    /// The owner's words, the reports, the worker's words and each thread's counters begin on lines of their own.
+    #[test]
+    fn req_003_3_each_writer_has_lines_of_its_own() {
+        let places =
+            [0, crate::shm::HEADER_SIZE, PAGE, RUNGS, SENDS, RULE_SERIALS, OUTPUT_SERIALS, COUNTERS, COUNTERS + ARRAY_LEN, STATUS_LEN];
+        assert!(places.is_sorted() && places.iter().all(|at| at.is_multiple_of(LINE_SIZE)), "{places:?}");
+        assert_eq!(LINE_SIZE, 128, "two lines of 64, because the prefetcher pulls pairs");
     }
 
-    /// Says where the frames are.
-    pub fn set_frames(&self, f: &FrameStats) {
-        let words = [f.total, f.free, f.fill, f.rx, f.egress, f.returning, f.tx, f.completion, f.hand, f.kernel, f.lost_invalid];
-        self.frame_sequence.fetch_add(1, Release);
-        self.frames.set_all(0, &words);
-        self.frame_sequence.fetch_add(1, Release);
-    }
-
-    /// Where the frames were at the worker's last beat; `None` while it is writing.
-    pub fn frames(&self) -> Option<FrameStats> {
-        let before = self.frame_sequence.load(Acquire);
-        let mut w = [0; FRAME_WORDS];
-        self.frames.get_all(0, &mut w);
-        let [total, free, fill, rx, egress, returning, tx, completion, hand, kernel, lost_invalid] = w;
-        let stable = before.is_multiple_of(2) && before == self.frame_sequence.load(Acquire);
-        stable.then_some(FrameStats { total, free, fill, rx, egress, returning, tx, completion, hand, kernel, lost_invalid })
+    #[test]
+    fn a_worker_reports_and_its_successor_goes_on() {
+        let (segment, page, mut reports) = StatusPage::create().unwrap();
+        for epoch in 1..3 {
+            let mut worker = Writer::<FrameStats>::adopt(duplicate(segment.as_fd()).unwrap()).unwrap();
+            let own = StatusPage::of(worker.segment()).unwrap();
+            assert_eq!((own.header.epoch(), own.cpu()), (epoch, -1));
+            own.header.become_state(State::Run, Actor::Worker).unwrap();
+            own.header.beat(coarse_now());
+            worker.send(&FrameStats { total: epoch, ..FrameStats::default() }).unwrap();
+            assert_eq!((page.header.state(), page.header.last_beat().count), (Some(State::Run), epoch));
+            drop(worker);
+            page.header.become_state(State::Fail, Actor::Supervisor).unwrap();
+            page.header.become_state(State::Boot, Actor::Supervisor).unwrap();
+        }
+        assert_eq!((reports.stats().sent, reports.latest().map(|frames| frames.total)), (2, Some(2)));
+        page.set_cpu(3);
+        assert_eq!(page.cpu(), 3);
     }
 }

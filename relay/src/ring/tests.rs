@@ -15,6 +15,7 @@ fn forge(memory: &Arc<dyn Memory>, at: usize, value: u32) {
     crate::ring::spsc::forge_index(segment, at, value);
 }
 
+/// 002.15: overflow. The indices run over 2^32 in the middle of it.
 #[test]
 fn req_002_12_exactly_capacity_elements_fit_across_the_wrap() {
     let (mut producer, mut consumer, _memory) = near_the_wrap(8);
@@ -86,6 +87,28 @@ fn req_002_13_attach_refuses_what_it_does_not_know() {
     assert!(matches!(Consumer::<u64>::attach(blank, 0), Err(RingError::Magic(0))));
 }
 
+/// Offsets as in `layout.rs`, and no two words that different sides write within 128 bytes (the adjacent-line prefetcher
+/// pulls pairs).
+#[test]
+fn req_002_10_each_index_has_a_line_of_its_own() {
+    let memory: Arc<dyn Memory> = Arc::new(memory::Heap::new(Layout::<u64>::bytes(8)));
+    init::<u64>(&*memory, 0, 8).unwrap();
+    let mut producer = Producer::<u64>::attach(memory.clone(), 0).unwrap();
+    let mut consumer = Consumer::<u64>::attach(memory.clone(), 0).unwrap();
+    let bytes =
+        || (0..memory.len()).map(|at| Words::new(memory.clone(), at & !7, 1).unwrap()[0].load(sync::Ordering::Relaxed)).collect::<Vec<_>>();
+    let changed = |before: &[u64], after: &[u64]| before.iter().zip(after).position(|(a, b)| a != b).map(|at| at / memory::LINE_SIZE);
+    let before = bytes();
+    producer.publish(1);
+    let published = bytes();
+    consumer.available();
+    consumer.release(1);
+    let released = bytes();
+    assert_eq!((changed(&before, &published), changed(&published, &released)), (Some(1), Some(2)));
+    assert_eq!((layout::PRODUCER_AT, layout::CONSUMER_AT), (memory::LINE_SIZE, 2 * memory::LINE_SIZE));
+}
+
+/// 002.1: one producer, one consumer, atomic indices. 002.15: nothing is reordered.
 #[test]
 fn req_002_7_a_million_elements_between_two_threads() {
     const COUNT: u64 = 1_000_000;

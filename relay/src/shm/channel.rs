@@ -1,11 +1,12 @@
 //! Channels: one writer, any number of readers, one sealed segment each.
 //!
 //! ```text
-//! segment: header (256 B) · broadcast of T          gate (optional, a segment of its own): who must not be lapped
+//! segment: header (256 B) · broadcast of T · rest   gate (optional, a segment of its own): who must not be lapped
 //! writer:  create ─ share descriptors ─ send …      kernel lock on the segment: a second writer is refused (`AlreadyOwned`)
 //!          dies ─▶ the kernel drops the lock ─▶ another adopts: new epoch, numbers go on
 //! reader:  open ─ receive …                         a read-only mapping suffices
 //! ```
+//! The rest, if the segment is longer than [`channel_len`], is the caller's (the worker's status page, a manifest).
 //! Two-way use is two channels ([`Parent`], [`Child`]): the types leave no way to write the wrong direction.
 //! Must never wait: see [`super::full`] for what to do when a gate is closed.
 
@@ -151,6 +152,11 @@ impl<T: Pod> Writer<T> {
         Self::attach(new_channel::<T>(name, capacity)?, Some((gate, reader_count)))
     }
 
+    /// A new channel at the start of `segment`.
+    pub fn create_in(segment: Segment, capacity: u32) -> Result<Self, ChannelError> {
+        Self::attach(prepare::<T>(segment, capacity)?, None)
+    }
+
     /// Takes over the writing end of a channel whose writer is gone: numbers go on, the epoch is a new one.
     pub fn adopt(fd: OwnedFd) -> Result<Self, ChannelError> {
         Self::attach(Arc::new(Segment::join(fd, Access::ReadWrite)?), None)
@@ -208,6 +214,11 @@ impl<T: Pod> Writer<T> {
         self.publisher.position()
     }
 
+    /// All of the channel's memory.
+    pub const fn segment(&self) -> &Arc<Segment> {
+        &self.segment
+    }
+
     /// Descriptor of the gate, for admitted readers.
     pub fn gate_fd(&self) -> Option<BorrowedFd<'_>> {
         self.gate.as_ref().map(|gate| gate.as_fd())
@@ -225,7 +236,7 @@ impl<T: Pod> AsFd for Writer<T> {
 pub struct Reader<T: Pod> {
     subscriber: Subscriber<T>,
     header: Header,
-    memory_bytes: u64,
+    segment: Arc<Segment>,
     max_depth: u64,
 }
 
@@ -247,9 +258,8 @@ impl<T: Pod> Reader<T> {
     fn attach(fd: OwnedFd, line: Option<GateLine>) -> Result<Self, ChannelError> {
         let segment = Arc::new(Segment::join(fd, Access::ReadOnly)?);
         let header = Header::open(segment.clone(), layout_hash::<T>())?;
-        let memory_bytes = segment.len() as u64;
-        let subscriber = Subscriber::attach(segment, HEADER_SIZE, line)?;
-        Ok(Self { subscriber, header, memory_bytes, max_depth: 0 })
+        let subscriber = Subscriber::attach(segment.clone(), HEADER_SIZE, line)?;
+        Ok(Self { subscriber, header, segment, max_depth: 0 })
     }
 
     /// The next message, nothing, or how many were lost.
@@ -273,6 +283,11 @@ impl<T: Pod> Reader<T> {
         &self.header
     }
 
+    /// All of the channel's memory, read-only.
+    pub const fn segment(&self) -> &Arc<Segment> {
+        &self.segment
+    }
+
     /// What moved; also samples the high-water mark.
     pub fn stats(&mut self) -> ChannelStats {
         let subscriber = &self.subscriber;
@@ -286,14 +301,24 @@ impl<T: Pod> Reader<T> {
             dropped: subscriber.dropped(),
             depth,
             max_depth: self.max_depth,
-            memory_bytes: self.memory_bytes,
+            memory_bytes: self.segment.len() as u64,
         }
     }
 }
 
 fn new_channel<T: Pod>(name: &str, capacity: u32) -> Result<Arc<Segment>, ChannelError> {
     crate::ring::layout::check_capacity(capacity)?;
-    let segment = Arc::new(Segment::create(name, HEADER_SIZE + broadcast::bytes::<T>(capacity))?);
+    prepare::<T>(Segment::create(name, channel_len::<T>(capacity))?, capacity)
+}
+
+/// Bytes of a channel of `capacity` slots.
+pub const fn channel_len<T: Pod>(capacity: u32) -> usize {
+    HEADER_SIZE + broadcast::bytes::<T>(capacity)
+}
+
+/// Makes a channel at the start of a new segment, for a writer that is to come ([`Writer::adopt`]).
+pub fn prepare<T: Pod>(segment: Segment, capacity: u32) -> Result<Arc<Segment>, ChannelError> {
+    let segment = Arc::new(segment);
     Header::create(segment.clone(), layout_hash::<T>())?;
     broadcast::init::<T>(segment.clone(), HEADER_SIZE, capacity)?;
     Ok(segment)

@@ -1,7 +1,28 @@
 //! Many producers, without a multi-producer queue: each has a channel of its own (which is also the cheapest, 000.8).
 //!
 //! [`Aggregator`] reads many channels in turn (the supervisor over its workers' status); [`Shards`] spreads over many by key
-//! (an ingress over egress stages). Must never let one busy channel starve the others, nor reorder one key's messages.
+//! (an ingress over egress stages). Library API, for users of the crate:
+//!
+//! ```
+//! use relay::ring::Received;
+//! use relay::shm::patterns::{Aggregator, Shards};
+//! use relay::shm::{ChannelError, Reader, Writer, channel::duplicate};
+//! use std::os::fd::AsFd;
+//!
+//! // One channel for each producer; whoever reads them all maps them read-only.
+//! let writers = [Writer::<u64>::create("a", 64)?, Writer::create("b", 64)?];
+//! let readers = writers.iter().map(|writer| Reader::open(duplicate(writer.as_fd())?)).collect::<Result<Vec<_>, ChannelError>>()?;
+//! let mut aggregator = Aggregator::new(readers);
+//! let mut shards = Shards::new(writers.into()).expect("two of them");
+//! for key in 0..10_u64 {
+//!     shards.send(key, &key).expect("not gated");
+//! }
+//! let mut sum = 0;
+//! while aggregator.round(4, |_channel, found| if let Received::Message(key) = found { sum += key }) > 0 {}
+//! assert_eq!(sum, 45);
+//! # Ok::<(), ChannelError>(())
+//! ```
+//! Must never let one busy channel starve the others, nor reorder one key's messages.
 
 use super::channel::{Reader, Writer};
 use crate::ring::{Behind, Received};

@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 /// What a process may do with a segment it joins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +39,14 @@ pub enum SegmentError {
     /// Nothing to map.
     #[error("segment: the descriptor has {0} bytes")]
     Size(i64),
+    /// Smaller than what is to lie in it.
+    #[error("segment: {len} bytes are less than the {needed} that are needed (is the other side another build?)")]
+    TooSmall {
+        /// Its size.
+        len: usize,
+        /// What was asked for.
+        needed: usize,
+    },
 }
 
 const fn failed(call: &'static str) -> impl FnOnce(Errno) -> SegmentError {
@@ -61,8 +70,7 @@ fn seal(fd: &OwnedFd, seals: SealFlag) -> Result<(), SegmentError> {
 #[derive(Debug)]
 pub struct Segment {
     fd: OwnedFd,
-    mapping: Mapping,
-    access: Access,
+    mapping: Arc<Mapping>,
 }
 
 impl Segment {
@@ -90,8 +98,24 @@ impl Segment {
         }
         let size = nix::sys::stat::fstat(&fd).map_err(failed("fstat"))?.st_size;
         let len = usize::try_from(size).ok().filter(|len| *len > 0).ok_or(SegmentError::Size(size))?;
-        let mapping = Mapping::new(&fd, 0, len, access == Access::ReadWrite, access == Access::ReadWrite).map_err(failed("mmap"))?;
-        Ok(Self { fd, mapping, access })
+        let mapping = Mapping::new(&fd, 0, len, access == Access::ReadWrite, false).map_err(failed("mmap"))?;
+        Ok(Self { fd, mapping: Arc::new(mapping) })
+    }
+
+    /// Refuses a segment of fewer than `needed` bytes.
+    pub fn at_least(self, needed: usize) -> Result<Self, SegmentError> {
+        let len = self.len();
+        if len < needed { Err(SegmentError::TooSmall { len, needed }) } else { Ok(self) }
+    }
+
+    /// The mapping, for words and arrays in it; it outlives the segment's descriptor.
+    pub const fn mapping(&self) -> &Arc<Mapping> {
+        &self.mapping
+    }
+
+    /// The descriptor and the mapping, apart.
+    pub fn into_parts(self) -> (OwnedFd, Arc<Mapping>) {
+        (self.fd, self.mapping)
     }
 
     /// First byte. What lies there may change at any time.
@@ -107,11 +131,6 @@ impl Segment {
     /// Never true: an empty segment cannot be made or joined.
     pub fn is_empty(&self) -> bool {
         self.mapping.is_empty()
-    }
-
-    /// What this mapping permits.
-    pub const fn access(&self) -> Access {
-        self.access
     }
 }
 
@@ -132,7 +151,7 @@ unsafe impl Memory for Segment {
     }
 
     fn writable(&self) -> bool {
-        self.access == Access::ReadWrite
+        self.mapping.writable()
     }
 }
 

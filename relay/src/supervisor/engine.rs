@@ -23,7 +23,7 @@ use crate::plan::records::{RULES_LEN, RulesSegment, Snapshot};
 use crate::rule::Rule;
 use crate::rule::compile::{Compiled, MapChange};
 use crate::rule::set::RuleSet;
-use crate::sys::memfd::{self, Writers};
+use crate::shm::Segment;
 use crate::sys::process;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
@@ -138,7 +138,8 @@ impl Supervisor {
         let mut interfaces = Interfaces::open().map_err(failed("netlink"))?;
         let watch = Watch::open().map_err(failed("netlink"))?;
         let known = ports::known(&mut interfaces)?;
-        let (rules_fd, mapping) = memfd::create("relay-rules", RULES_LEN, Writers::Creator).map_err(failed("rules segment"))?;
+        let rules = Segment::create_for_readers("relay-rules", RULES_LEN).map_err(failed("rules segment"))?;
+        let (rules_fd, mapping) = rules.into_parts();
         let segment = RulesSegment::create(&mapping).map_err(failed("rules segment"))?;
         let (fleet, umems) = Fleet::new(&options, rules_fd)?;
         let (program, no_program) = load_program(&options);
@@ -181,7 +182,7 @@ impl Supervisor {
     fn forward(&mut self) -> Result<(), RunError> {
         while !self.stopping {
             let now = Instant::now();
-            self.fleet.start_due(now, &self.ports)?;
+            self.fleet.start_due(now, &self.ports, &self.locks)?;
             self.wait(now);
             self.signals();
             self.serve();
@@ -202,7 +203,7 @@ impl Supervisor {
 
     fn wait(&self, now: Instant) {
         let mut bound = if self.update.is_some() { BUSY_PERIOD } else { LOOK_PERIOD };
-        for at in [self.fleet.next_start(), self.server.next_deadline(), self.replan_at].into_iter().flatten() {
+        for at in [self.fleet.next_deadline(), self.server.next_deadline(), self.replan_at].into_iter().flatten() {
             bound = bound.min(at.saturating_duration_since(now));
         }
         let fixed: [BorrowedFd<'_>; 3] = [self.signals.as_fd(), self.server.as_fd(), self.watch.as_fd()];
@@ -259,6 +260,7 @@ impl Supervisor {
         match request {
             Request::Status => Ok(Some(Response::Status(Box::new(self.status())))),
             Request::Stats => Ok(Some(Response::Stats(Box::new(self.stats())))),
+            Request::Channels => Ok(Some(Response::Channels(Box::new(self.channels())))),
             Request::RuleList => Ok(Some(Response::Rules(self.rule_list()))),
             Request::Shutdown => {
                 self.stopping = true;

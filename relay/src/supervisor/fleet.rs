@@ -13,15 +13,18 @@
 //! here waits. Must never trust a status segment beyond its bounds.
 
 use super::backoff::Backoff;
+use super::channels::Meter;
 use super::error::RunError;
+use super::locks::Lock;
 use super::options::{Options, PipelineChoice, WaitChoice};
 use super::ports::{Ports, egress_capacity};
 use crate::frame::{FRAME_SIZE, Umem};
 use crate::nic::afpacket::Engines;
-use crate::plan::manifest::{COMMAND_DRAIN, COMMAND_STOP, CONTROL_LEN, Control, LAYOUT_VERSION, Manifest, WaitMode};
-use crate::plan::status::{STATE_BOOT, STATE_RUN, STATUS_LEN, StatusPage};
+use crate::plan::manifest::{COMMAND_DRAIN, COMMAND_STOP, Command, Control, LAYOUT_VERSION, Manifest, WaitMode};
+use crate::plan::status::{FrameStats, StatusPage};
 use crate::plan::work::WorkLayout;
-use crate::sys::memfd::{self, Writers};
+use crate::shm::{Access, Actor, ChannelStats, HeaderError, Liveness, Reader, Segment, State, Verdict, coarse_now, discovery};
+use crate::sys::Mapping;
 use crate::sys::process::{self, Child, Spawn};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -29,7 +32,8 @@ use nix::unistd::Pid;
 use std::ffi::CString;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Acquire;
 use std::time::{Duration, Instant};
 
 /// A worker that shows no heartbeat for so long is replaced (DECISIONS §5).
@@ -63,9 +67,17 @@ pub struct Slot {
     pub id: u32,
     work: OwnedFd,
     umem: OwnedFd,
-    status_fd: OwnedFd,
+    status_segment: Arc<Segment>,
     /// What it reports.
     pub status: StatusPage,
+    /// Where its frames are, beat by beat.
+    pub(super) reports: Reader<FrameStats>,
+    pub(super) report_stats: ChannelStats,
+    pub(super) work_view: Arc<Mapping>,
+    pub(super) meters: Vec<Meter>,
+    pub(super) frames: u32,
+    pub(super) egress_capacity: u32,
+    liveness: Liveness,
     /// What it does.
     pub phase: Phase,
     child: Option<Child>,
@@ -158,19 +170,27 @@ impl Fleet {
     }
 
     fn slot(&self, id: u32) -> Result<(Slot, Umem), RunError> {
-        let create = |name: &str, len| memfd::create(name, len, Writers::Holders).map_err(failed("making shared memory"));
+        let create = |name: &str, len| Segment::create(name, len).map(Segment::into_parts).map_err(RunError::failure);
         let (umem, umem_mapping) = create("relay-umem", self.frames as usize * FRAME_SIZE as usize)?;
-        let layout = WorkLayout::new(self.frames, egress_capacity(self.frames, self.split));
+        let egress_capacity = egress_capacity(self.frames, self.split);
+        let layout = WorkLayout::new(self.frames, egress_capacity);
         let (work, _) = create("relay-work", layout.len)?;
-        let (status_fd, status_mapping) = create("relay-status", STATUS_LEN)?;
-        let status = StatusPage::new(&status_mapping).map_err(RunError::failure)?;
-        let mapping = std::sync::Arc::into_inner(umem_mapping).ok_or_else(|| RunError::failure("UMEM mapped twice"))?;
+        let (work, work_view) = Segment::join(work, Access::ReadOnly).map_err(RunError::failure)?.into_parts();
+        let (status_segment, status, reports) = StatusPage::create().map_err(RunError::failure)?;
+        let mapping = Arc::into_inner(umem_mapping).ok_or_else(|| RunError::failure("UMEM mapped twice"))?;
         let slot = Slot {
             id,
             work,
             umem,
-            status_fd,
+            status_segment,
             status,
+            reports,
+            report_stats: ChannelStats::default(),
+            work_view,
+            meters: Vec::new(),
+            frames: self.frames,
+            egress_capacity,
+            liveness: Liveness::new(HUNG_AFTER, Duration::ZERO),
             phase: Phase::Waiting(Instant::now()),
             child: None,
             control: None,
@@ -204,23 +224,29 @@ impl Fleet {
         (0..threads).filter_map(|thread| self.cpus.get((first + thread) % count.max(1)).copied()).collect()
     }
 
-    /// Starts the processes whose time has come.
-    pub fn start_due(&mut self, now: Instant, ports: &Ports) -> Result<(), RunError> {
+    /// Starts the processes whose time has come. They inherit the locks: while one of them lives, nobody else serves the
+    /// interfaces.
+    pub fn start_due(&mut self, now: Instant, ports: &Ports, locks: &[(u32, Lock)]) -> Result<(), RunError> {
         for index in 0..self.slots.len() {
             let due = self.slots.get(index).is_some_and(|slot| matches!(slot.phase, Phase::Waiting(at) if now >= at));
             if due {
-                self.spawn(index, ports)?;
+                self.spawn(index, ports, locks)?;
             }
         }
         Ok(())
     }
 
-    /// When the next process is to start.
-    pub fn next_start(&self) -> Option<Instant> {
-        self.slots.iter().filter_map(|slot| if let Phase::Waiting(at) = slot.phase { Some(at) } else { None }).min()
+    /// When the next process is to start, or to be given up as hung.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        let deadline = |slot: &Slot| match slot.phase {
+            Phase::Waiting(at) => Some(at),
+            Phase::Running => Some(self.start + slot.liveness.deadline()),
+            _ => None,
+        };
+        self.slots.iter().filter_map(deadline).min()
     }
 
-    fn spawn(&mut self, index: usize, ports: &Ports) -> Result<(), RunError> {
+    fn spawn(&mut self, index: usize, ports: &Ports, locks: &[(u32, Lock)]) -> Result<(), RunError> {
         use nix::fcntl::OFlag;
         use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
         let Some(id) = self.slots.get(index).map(|slot| slot.id) else { return Ok(()) };
@@ -228,8 +254,6 @@ impl Fleet {
         let (life, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).map_err(failed("socketpair"))?;
         let (log, stderr) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(failed("pipe"))?;
-        let (control_fd, control_mapping) =
-            memfd::create("relay-control", CONTROL_LEN, Writers::Creator).map_err(failed("control segment"))?;
         let Some(slot) = self.slots.get_mut(index) else { return Ok(()) };
         slot.generation += 1;
         let manifest = Manifest {
@@ -237,7 +261,7 @@ impl Fleet {
             worker: id,
             generation: slot.generation,
             frame_count: self.frames,
-            egress_capacity: egress_capacity(self.frames, self.split),
+            egress_capacity: slot.egress_capacity,
             umem_fd: slot.umem.as_raw_fd(),
             work_fd: slot.work.as_raw_fd(),
             rules_fd: self.rules.as_raw_fd(),
@@ -250,22 +274,19 @@ impl Fleet {
             linger_ms: self.linger.as_millis() as u64,
             ports: ports.manifest(index, self.frames),
         };
-        let control = Control::write(control_mapping, &manifest).map_err(RunError::failure)?;
-        let inherit: Vec<i32> = [&control_fd, &slot.status_fd, &slot.umem, &slot.work, &self.rules, &theirs]
-            .iter()
-            .map(|fd| fd.as_raw_fd())
-            .chain(ports.descriptors(index))
-            .collect();
-        slot.status.state.store(STATE_BOOT, Release);
-        slot.turns_at_start = slot.status.turns.load(Acquire);
+        let control = Control::create(&manifest).map_err(RunError::failure)?;
+        let fixed =
+            [control.as_fd(), slot.status_segment.as_fd(), slot.umem.as_fd(), slot.work.as_fd(), self.rules.as_fd(), theirs.as_fd()];
+        let locks = locks.iter().map(|(_, lock)| lock.fd.as_raw_fd());
+        let inherit: Vec<i32> = fixed.iter().map(AsRawFd::as_raw_fd).chain(ports.descriptors(index)).chain(locks).collect();
+        slot.prepare().map_err(RunError::failure)?;
+        slot.watch_rings(manifest.ports.len()).map_err(RunError::failure)?;
+        let environment =
+            discovery::variables(id, &control, &*slot.status_segment).map(|(name, value)| c_string(format!("{name}={value}")));
         let child = process::spawn(&Spawn {
             executable: self.executable.as_fd(),
             arguments: &[c_string(format!("relay-worker-{id}"))],
-            environment: &[
-                c_string(format!("RELAY_WORKER_ID={id}")),
-                c_string(format!("RELAY_CONTROL_CHANNEL=fd:{}", control_fd.as_raw_fd())),
-                c_string(format!("RELAY_STATUS_CHANNEL=fd:{}", slot.status_fd.as_raw_fd())),
-            ],
+            environment: &environment,
             user: self.user,
             stderr: stderr.as_fd(),
             inherit: &inherit,
@@ -344,15 +365,15 @@ impl Fleet {
         self.command(COMMAND_STOP, false);
     }
 
-    fn command(&mut self, command: u32, back: bool) {
+    fn command(&mut self, command: Command, back: bool) {
         let now = Instant::now();
         for slot in &mut self.slots {
             if slot.child.is_none() {
                 slot.phase = if back { Phase::Waiting(now) } else { Phase::Ended };
                 continue;
             }
-            if let Some(control) = &slot.control {
-                control.set_command(command);
+            if let Some(control) = &mut slot.control {
+                control.command(command);
             }
             slot.phase = Phase::Draining(now, back);
         }
@@ -415,10 +436,36 @@ impl Slot {
         }
     }
 
-    /// Age of the last heartbeat.
+    /// Age of the last heartbeat, by the worker's own stamp.
     pub fn heartbeat_age(&self) -> Duration {
-        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
-        now.saturating_sub(Duration::from_nanos(self.status.beat_ns.load(Acquire)))
+        self.status.header.last_beat().age(coarse_now())
+    }
+
+    /// Where its frames were at its last beat.
+    pub fn frames(&self) -> Option<FrameStats> {
+        self.reports.latest()
+    }
+
+    /// Commands given to the process, and bytes of its control segment.
+    pub fn control_stats(&self) -> (u64, u64) {
+        self.control.as_ref().map_or((0, 0), |control| (control.sent(), control.memory_bytes()))
+    }
+
+    /// The segment for a successor: back to BOOT.
+    fn prepare(&mut self) -> Result<(), HeaderError> {
+        self.turns_at_start = self.status.header.turns();
+        if self.status.header.state() == Some(State::Boot) {
+            return Ok(());
+        }
+        self.status.header.become_state(State::Boot, Actor::Supervisor)
+    }
+
+    /// Whether its heartbeat has stood still for too long.
+    fn silent(&mut self, age: Duration) -> Option<Duration> {
+        match self.liveness.observe(self.status.header.last_beat().count, age) {
+            Verdict::Alive => None,
+            Verdict::Hung(silent) => Some(silent),
+        }
     }
 
     /// Takes the knocks from the life socket; what they mean stands in the status page.
@@ -442,14 +489,16 @@ impl Slot {
     }
 
     fn look(&mut self, now: Instant, age: Duration) -> bool {
+        self.watch();
         if self.reap(now, age) {
             return true;
         }
         self.hear();
         match self.phase {
-            Phase::Starting(since) if self.status.state.load(Acquire) == STATE_RUN => {
+            Phase::Starting(since) if self.status.header.state() == Some(State::Run) => {
                 tracing::info!(worker = self.id, pid = self.pid(), took = ?since.elapsed(), recovered = self.status.recovered.load(Acquire), "worker forwards");
                 self.phase = Phase::Running;
+                self.liveness = Liveness::new(HUNG_AFTER, age);
                 true
             }
             Phase::Starting(since) if since.elapsed() > START_LIMIT => {
@@ -458,10 +507,12 @@ impl Slot {
                 self.phase = Phase::Killed;
                 false
             }
-            Phase::Running if self.heartbeat_age() > HUNG_AFTER => {
-                tracing::warn!(worker = self.id, age = ?self.heartbeat_age(), "worker hangs: killed");
-                self.kill();
-                self.phase = Phase::Killed;
+            Phase::Running => {
+                if let Some(silent) = self.silent(age) {
+                    tracing::warn!(worker = self.id, ?silent, "worker hangs: killed");
+                    self.kill();
+                    self.phase = Phase::Killed;
+                }
                 false
             }
             Phase::Draining(since, _) if since.elapsed() > Duration::from_millis(800) => {
@@ -480,6 +531,10 @@ impl Slot {
             Ok(status) => status,
         };
         let (words, clean) = describe(&status);
+        if self.status.header.state() != Some(State::Halt) {
+            // From any state, and from a word that is none; so it cannot be refused.
+            let _ = self.status.header.become_state(State::Fail, Actor::Supervisor);
+        }
         self.read_log();
         (self.child, self.control, self.life, self.log) = (None, None, None, None);
         self.phase = match self.phase {
@@ -488,7 +543,7 @@ impl Slot {
             _ => {
                 self.restarts += 1;
                 self.last_exit = words.clone();
-                let proved = self.status.turns.load(Acquire) != self.turns_at_start;
+                let proved = self.status.header.turns() != self.turns_at_start;
                 let restart = self.backoff.died(age, proved);
                 tracing::warn!(worker = self.id, exit = %words, after = ?restart.after, degraded = restart.degraded, "worker died");
                 Phase::Waiting(now + restart.after)

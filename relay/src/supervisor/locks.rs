@@ -5,9 +5,11 @@
 
 use super::error::RunError;
 use nix::errno::Errno;
+use nix::sys::signal::kill;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, socket, sockopt::PeerCredentials,
 };
+use nix::unistd::Pid;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 /// The lock of one interface.
@@ -26,12 +28,16 @@ pub fn take(ifindex: u32, name: &str) -> Result<Lock, RunError> {
     match try_take(ifindex) {
         Ok(lock) => Ok(lock),
         Err(Errno::EADDRINUSE) => {
-            let holder = holder(ifindex).map_or_else(|_| "another relay".into(), |pid| format!("pid {pid}"));
-            Err(RunError::bad(
-                "ingress",
-                format!("interface {name} is served by {holder} already"),
-                "stop that relay, or add the rule to it with `relay rule add`",
-            ))
+            let maker = holder(ifindex).ok();
+            let alive = maker.is_none_or(|pid| !matches!(kill(Pid::from_raw(pid), None), Err(Errno::ESRCH)));
+            let maker = maker.map_or_else(|| "another relay".into(), |pid| format!("pid {pid}"));
+            Err(if alive {
+                let hint = "stop that relay, or add the rule to it with `relay rule add`";
+                RunError::bad("ingress", format!("interface {name} is served by {maker} already"), hint)
+            } else {
+                let hint = "wait until its --linger is over, or kill its workers";
+                RunError::bad("ingress", format!("interface {name} is served by orphans of {maker}"), hint)
+            })
         }
         Err(errno) => Err(RunError::failure(format!("lock of interface {name}: {errno}"))),
     }

@@ -5,6 +5,7 @@
 pub mod backoff;
 pub mod book;
 pub mod capabilities;
+pub mod channels;
 pub mod engine;
 pub mod error;
 pub mod fleet;

@@ -2,6 +2,7 @@
 
 use crate::nic::afpacket::Engines;
 use crate::rule::Rule;
+use crate::worker::partition::Scheme;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -67,20 +68,6 @@ pub enum WaitChoice {
     Poll,
 }
 
-/// `--partition`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum PartitionChoice {
-    /// Hash of the flow.
-    #[default]
-    FlowHash,
-    /// Consistent hash ring.
-    Consistent,
-    /// Contiguous ranges.
-    Range,
-    /// In turn.
-    RoundRobin,
-}
-
 /// Everything `relay run` needs.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -101,7 +88,7 @@ pub struct Options {
     /// `--cpus`; `None`: the inherited affinity.
     pub cpus: Option<Vec<usize>>,
     /// `--partition`.
-    pub partition: PartitionChoice,
+    pub partition: Scheme,
     /// `--io-uring`: whether the packet path may use it.
     pub io_uring: Engines,
     /// `--wait`.

@@ -6,13 +6,14 @@
 use super::error::{DEGRADED, RunError};
 use super::interfaces::{Interface, Interfaces};
 use super::options::{BackendChoice, Options, XdpMode, ZeroCopyChoice};
-use crate::nic::afpacket::socket as packet_socket;
+use crate::nic::afpacket::socket::{self as packet_socket, Fanout, FanoutMode};
 use crate::nic::afxdp::create::{RingSizes, SocketSpec, create};
 use crate::nic::afxdp::program::{Mode, Program, ProgramError, socket_index};
 use crate::plan::counters::MAX_PORTS;
 use crate::plan::manifest::{PortKind, PortManifest};
 use crate::rule::{EngineChoice, PathChoice, Rule};
 use crate::sys::xdp::BindFlags;
+use crate::worker::partition::{self, Scheme};
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -406,7 +407,7 @@ impl Maker<'_> {
             tracing::warn!(interface = %facts.name, mtu = facts.mtu, "packets above {MAX_SINGLE_MTU} bytes are dropped as too_big on the packet path");
         }
         let workers = self.umems.len();
-        let fanout = (workers > 1).then_some(packet_socket::Fanout { group: facts.ifindex as u16, mode: packet_socket::FanoutMode::Hash });
+        let fanout = if workers > 1 { Some(fanout(facts.ifindex, self.options.partition, workers as u32)?) } else { None };
         let failed = |error: packet_socket::SocketError| RunError::failure(error).with_hint("AF_PACKET needs CAP_NET_RAW");
         let mut sockets = Vec::new();
         for _ in 0..workers {
@@ -427,6 +428,17 @@ impl Maker<'_> {
             packet_drops: 0,
         })
     }
+}
+
+/// How the packet sockets of an interface share its packets (`--partition`).
+fn fanout(ifindex: u32, scheme: Scheme, workers: u32) -> Result<Fanout, RunError> {
+    let refused = |error: crate::worker::error::Error| RunError::bad("--partition", error, "use fewer --workers, or flow-hash");
+    let mode = match scheme {
+        Scheme::FlowHash => FanoutMode::Hash,
+        Scheme::RoundRobin => FanoutMode::RoundRobin,
+        Scheme::Consistent | Scheme::Range => FanoutMode::Table(partition::table(scheme, workers).map_err(refused)?),
+    };
+    Ok(Fanout { group: ifindex as u16, mode })
 }
 
 /// Lets the program hand packets of an AF_XDP ingress port to its sockets.

@@ -20,7 +20,6 @@ use crate::rule::{Output, Rule};
 use crate::sys::xdp;
 use relay_common::XdpCounter;
 use std::collections::BTreeMap;
-use std::sync::atomic::Ordering::Acquire;
 
 /// What `apply` changes: whole rules, so that the lines can be read, compared and applied again.
 pub fn changes(old: &RuleSet, change: &SetDiff) -> Changes {
@@ -96,7 +95,7 @@ impl Supervisor {
             id: slot.id,
             pid: slot.pid(),
             state: slot.state().into(),
-            cpu: slot.status.cpu.load(Acquire) as i32,
+            cpu: slot.status.cpu(),
             restarts: slot.restarts,
             last_exit: slot.last_exit.clone(),
             heartbeat_age_ms: slot.heartbeat_age().as_millis() as u64,
@@ -253,7 +252,7 @@ impl Supervisor {
     }
 
     fn frames(&self) -> FrameStats {
-        let all = self.fleet.slots.iter().filter_map(|slot| slot.status.frames());
+        let all = self.fleet.slots.iter().filter_map(|slot| slot.frames());
         all.fold(FrameStats::default(), |a, b| FrameStats {
             total: a.total + b.total,
             free: a.free + b.free,

@@ -13,6 +13,7 @@ use std::ptr::NonNull;
 pub struct Mapping {
     ptr: NonNull<core::ffi::c_void>,
     len: usize,
+    writable: bool,
 }
 
 // SAFETY: a mapping is an address range owned by this value; it has no thread affinity.
@@ -28,7 +29,7 @@ impl Mapping {
         let flags = if populate { MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE } else { MapFlags::MAP_SHARED };
         // SAFETY: no fixed address is asked for, so no existing mapping can be replaced.
         let ptr = unsafe { mmap(None, size, prot, flags, fd, offset) }?;
-        Ok(Self { ptr, len })
+        Ok(Self { ptr, len, writable })
     }
 
     /// First byte.
@@ -57,6 +58,10 @@ unsafe impl crate::ring::Memory for Mapping {
 
     fn len(&self) -> usize {
         self.len
+    }
+
+    fn writable(&self) -> bool {
+        self.writable
     }
 }
 

@@ -1,10 +1,9 @@
-//! Thin, safe faces of the system calls that `nix` lacks: mappings, shared words, memfds, pidfds, exec by descriptor.
+//! Thin, safe faces of the system calls that `nix` lacks: mappings, shared words, pidfds, exec by descriptor.
 //!
 //! Must never hold policy. Every `unsafe` here is one system call, one mapping or one word in a mapping.
 
 pub mod fuse;
 pub mod mapping;
-pub mod memfd;
 pub mod process;
 pub mod shared;
 pub mod xdp;

@@ -1,4 +1,4 @@
-//! Starting and watching processes: memfds, pidfds, exec of a held descriptor as another user, signals.
+//! Starting and watching processes: pidfds, exec of a held descriptor as another user, signals.
 //!
 //! Must never decide who runs as whom. The supervisor may have another thread when it forks (the metrics endpoint), so the child
 //! makes plain system calls until exec; it allocates nothing and takes no lock.
@@ -161,15 +161,4 @@ pub fn signal(pidfd: BorrowedFd<'_>, signal: Signal) -> Result<(), Errno> {
     // SAFETY: no memory is passed (siginfo is null).
     let result = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal as i32, std::ptr::null::<u8>(), 0) };
     Errno::result(result as i32).map(drop)
-}
-
-/// Takes ownership of a descriptor this process inherited under a number that its parent has told it. Becomes close-on-exec.
-pub fn inherited(fd: RawFd) -> Result<OwnedFd, Errno> {
-    if fd < 3 {
-        return Err(Errno::EBADF);
-    }
-    // SAFETY: fcntl(F_SETFD) has no memory arguments; EBADF where there is no such descriptor.
-    Errno::result(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) })?;
-    // SAFETY: the descriptor is open; each number stands for one thing in the manifest, so it is taken once.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -12,13 +12,15 @@ use crate::frame::HeldMap;
 use crate::frame::{FRAME_SIZE, Pool, RawDesc, Umem};
 use crate::nic::afpacket::{DEFAULT_DEPTH, Engines, PacketReceive, PacketTransmit, Reason};
 use crate::nic::afxdp::{self, port::AdoptError};
-use crate::plan::manifest::{CONTROL_LEN, Control, LAYOUT_VERSION, Manifest, ManifestError, PortKind, PortManifest};
+use crate::plan::manifest::{Command, Manifest, ManifestError, Orders, PortKind, PortManifest};
 use crate::plan::records::{RULES_LEN, RecordsError, RulesSegment};
-use crate::plan::status::{RUNG_PLAIN, RungReport, STATUS_LEN, StatusPage};
+use crate::plan::status::{FrameStats, RUNG_PLAIN, RungReport, StatusError, StatusPage};
 use crate::plan::work::WorkLayout;
 use crate::ring::{self, Consumer, Memory, Producer, RingError};
+use crate::shm::discovery::{Environment, take_fd};
+use crate::shm::{Access, ChannelError, Child, Segment, Writer};
 use crate::sys::shared::OutOfMapping;
-use crate::sys::{Mapping, SharedArray, SharedWord, memfd};
+use crate::sys::{Mapping, SharedArray, SharedWord};
 use bytemuck::Pod;
 use nix::errno::Errno;
 use std::os::fd::OwnedFd;
@@ -28,13 +30,16 @@ use std::sync::atomic::Ordering::{Acquire, Release};
 /// Why a worker could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// An environment variable is missing or has no `fd:N` in it.
-    #[error("{variable}: {problem} (workers are started by `relay run`)")]
-    Variable {
-        /// The variable.
-        variable: &'static str,
-        /// What is wrong.
-        problem: String,
+    /// The environment, a descriptor of the manifest, or what lies in one.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    /// The environment and the control segment speak of two workers.
+    #[error("RELAY_WORKER_ID: is {said}, but RELAY_CONTROL_CHANNEL leads to the manifest of worker {manifest}")]
+    Identity {
+        /// By the environment.
+        said: u32,
+        /// By the manifest.
+        manifest: u32,
     },
     /// A descriptor is not what the manifest says.
     #[error("descriptor {fd} ({role}): {errno}")]
@@ -49,9 +54,9 @@ pub enum BootError {
     /// The manifest can't be read.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
-    /// The manifest is of another build.
-    #[error("manifest has layout version {0}, this program speaks {LAYOUT_VERSION}")]
-    Version(u32),
+    /// The status segment can't be used.
+    #[error(transparent)]
+    Status(#[from] StatusError),
     /// The rules segment can't be read.
     #[error(transparent)]
     Records(#[from] RecordsError),
@@ -76,9 +81,11 @@ pub struct Adopted {
     /// What the supervisor wants.
     pub manifest: Manifest,
     /// Commands of the supervisor.
-    pub control: Control,
-    /// What the worker reports.
+    pub orders: Orders,
+    /// What the worker says of itself.
     pub status: StatusPage,
+    /// Where it reports its frames.
+    pub reports: Writer<FrameStats>,
     /// The rules.
     pub rules: RulesSegment,
     /// Ingress side.
@@ -93,50 +100,38 @@ pub struct Adopted {
 
 /// Reads the environment of the process.
 pub fn from_environment() -> Result<Adopted, BootError> {
-    let control = descriptor_variable("RELAY_CONTROL_CHANNEL")?;
-    let status = descriptor_variable("RELAY_STATUS_CHANNEL")?;
-    adopt(control, status)
-}
-
-fn descriptor_variable(variable: &'static str) -> Result<OwnedFd, BootError> {
-    let bad = |problem: String| BootError::Variable { variable, problem };
-    let text = std::env::var(variable).map_err(|_| bad("not set".into()))?;
-    let number = text.strip_prefix("fd:").and_then(|number| number.parse::<i32>().ok());
-    let number = number.ok_or_else(|| bad(format!("`{text}` is not fd:N")))?;
-    crate::sys::process::inherited(number).map_err(|errno| bad(format!("descriptor {number}: {errno}")))
+    let environment = Environment::read(|name| std::env::var_os(name))?;
+    let said = environment.worker_id;
+    let Child { control, status: reports } = environment.attach::<Command, FrameStats>()?;
+    let orders = Orders::new(control);
+    let manifest = orders.manifest()?;
+    if manifest.worker != said {
+        return Err(BootError::Identity { said, manifest: manifest.worker });
+    }
+    adopt(manifest, orders, reports)
 }
 
 fn inherited(role: &'static str, fd: i32) -> Result<OwnedFd, BootError> {
-    crate::sys::process::inherited(fd).map_err(|errno| BootError::Descriptor { role, fd, errno })
+    take_fd(role, fd).map_err(BootError::from)
 }
 
-fn segment(role: &'static str, fd: i32, len: usize, writable: bool) -> Result<Arc<Mapping>, BootError> {
-    let owned = inherited(role, fd)?;
-    memfd::join(&owned, len, writable).map_err(|errno| BootError::Descriptor { role, fd, errno })
+fn segment(role: &'static str, fd: i32, len: usize, access: Access) -> Result<Arc<Mapping>, BootError> {
+    let segment = Segment::join(inherited(role, fd)?, access).and_then(|segment| segment.at_least(len));
+    Ok(segment.map_err(|error| ChannelError::from(error).of(role))?.into_parts().1)
 }
 
-fn adopt(control: OwnedFd, status: OwnedFd) -> Result<Adopted, BootError> {
-    use std::os::fd::AsRawFd;
-    let join = |role, fd: &OwnedFd, len, writable| {
-        memfd::join(fd, len, writable).map_err(|errno| BootError::Descriptor { role, fd: fd.as_raw_fd(), errno })
-    };
-    let control = Control::join(join("control segment", &control, CONTROL_LEN, false)?)?;
-    let manifest = control.manifest()?;
-    if manifest.version != LAYOUT_VERSION {
-        return Err(BootError::Version(manifest.version));
-    }
-    let status = StatusPage::new(&join("status segment", &status, STATUS_LEN, true)?)?;
-    status.initialise();
+fn adopt(manifest: Manifest, orders: Orders, reports: Writer<FrameStats>) -> Result<Adopted, BootError> {
+    let status = StatusPage::of(reports.segment())?;
     let layout = WorkLayout::new(manifest.frame_count, manifest.egress_capacity);
     let umem_len = manifest.frame_count as usize * FRAME_SIZE as usize;
-    let umem = segment("UMEM", manifest.umem_fd, umem_len, true)?;
+    let umem = segment("UMEM", manifest.umem_fd, umem_len, Access::ReadWrite)?;
     let umem = Arc::new(Umem::new(Arc::into_inner(umem).ok_or(BootError::Descriptor {
         role: "UMEM",
         fd: manifest.umem_fd,
         errno: Errno::EBUSY,
     })?));
-    let work = segment("work segment", manifest.work_fd, layout.len, true)?;
-    let rules = RulesSegment::join(&segment("rules segment", manifest.rules_fd, RULES_LEN, false)?)?;
+    let work = segment("work segment", manifest.work_fd, layout.len, Access::ReadWrite)?;
+    let rules = RulesSegment::join(&segment("rules segment", manifest.rules_fd, RULES_LEN, Access::ReadOnly)?)?;
     let life = inherited("life socket", manifest.life_fd)?;
     initialise(&work, &layout, &manifest)?;
     let held = SharedArray::new(&work, layout.held, manifest.frame_count as usize)?;
@@ -171,7 +166,7 @@ fn adopt(control: OwnedFd, status: OwnedFd) -> Result<Adopted, BootError> {
     let books = EgressBooks { counters: status.egress.clone(), ports: status.sends.clone() };
     let returns = Producer::attach(memory, layout.return_ring)?;
     let egress = Egress::new(Journal::attach(&work, layout.egress_journal)?, parts.transmit, returns, books);
-    Ok(Adopted { manifest, control, status, rules, ingress, egress, ledger, life })
+    Ok(Adopted { manifest, orders, status, reports, rules, ingress, egress, ledger, life })
 }
 
 /// Fills a fresh work segment; leaves one that a predecessor has used as it is, but for rings of ports it did not have.

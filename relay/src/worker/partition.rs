@@ -7,6 +7,8 @@
 //! | range | contiguous interval of the key space | about half the keys move, each to the next worker |
 //! | round robin | in turn, whatever the key | no key has a place; for work without order only |
 //!
+//! The relay uses them for queues → workers, where DECISIONS §1 leaves every scheme the identity, and for PACKET_FANOUT
+//! (`supervisor/ports.rs`): flow-hash and round-robin are the kernel's own, consistent and range a [`table`] of buckets.
 //! A flow's order survives a change of workers only if it is drained before it is moved: see [`Router`].
 //! Must never depend on the process: the same key has the same worker in every run and on every machine.
 
@@ -131,6 +133,22 @@ pub fn queues(scheme: Scheme, worker_count: u32, queue_count: u32) -> Result<Vec
         }
     }
     Ok(dealt)
+}
+
+/// Workers of a small table's buckets: what the kernel's fan-out looks up for a flow. A worker may get no bucket of a table
+/// that is small beside the number of workers. Round robin keeps no flow anywhere, so it has no table.
+pub fn table<const BUCKETS: usize>(scheme: Scheme, worker_count: u32) -> Result<[u8; BUCKETS], Error> {
+    let mut partitioner = Partitioner::new(scheme, worker_count)?;
+    if !partitioner.is_stable() || worker_count > 256 {
+        return Err(Error::PartitionError("a table needs at most 256 workers and a scheme that keeps flows together"));
+    }
+    let width = (1_u128 << 64) / BUCKETS.max(1) as u128;
+    Ok(std::array::from_fn(|bucket| {
+        let key = (bucket as u128 * width) as u64;
+        let key = if scheme == Scheme::Consistent { mix(key.wrapping_add(1)) } else { key };
+        // Contiguous buckets of a hash are as good as hashed ones, and evener.
+        if scheme == Scheme::FlowHash { scale(key, worker_count) as u8 } else { partitioner.worker(key) as u8 }
+    }))
 }
 
 /// Keys of a worker under [`Scheme::Range`]; `None` as the end means "to the last key".
@@ -287,6 +305,21 @@ mod tests {
         }
 
         #[test]
+        fn req_003_4_a_table_is_its_scheme(workers in 1..9_u32) {
+            let of = |scheme| table::<64>(scheme, workers).unwrap();
+            for scheme in [Scheme::FlowHash, Scheme::Consistent, Scheme::Range] {
+                let loads: Vec<usize> = (0..workers).map(|worker| of(scheme).iter().filter(|of| u32::from(**of) == worker).count()).collect();
+                prop_assert_eq!(loads.iter().sum::<usize>(), 64);
+                prop_assert!(loads.iter().all(|load| *load > 0), "{:?}: {:?}", scheme, loads);
+            }
+            prop_assert!(of(Scheme::Range).is_sorted());
+            let more = table::<64>(Scheme::Consistent, workers + 1).unwrap();
+            let moved = of(Scheme::Consistent).into_iter().zip(more).filter(|(old, new)| old != new).collect::<Vec<_>>();
+            prop_assert!(moved.iter().all(|(_, new)| u32::from(*new) == workers), "buckets move to the new worker alone");
+            prop_assert!(table::<64>(Scheme::RoundRobin, workers).is_err());
+        }
+
+        #[test]
         fn every_queue_has_exactly_one_worker(workers in 1..20_u32, queue_count in 0..100_u32) {
             for scheme in [Scheme::FlowHash, Scheme::Consistent, Scheme::Range, Scheme::RoundRobin] {
                 let mut all: Vec<u32> = queues(scheme, workers, queue_count).unwrap().into_iter().flatten().collect();
@@ -297,6 +330,7 @@ mod tests {
             prop_assert!(equal.iter().enumerate().all(|(worker, queues)| queues == &[worker as u32]), "DECISIONS §1: worker w owns queue w");
         }
 
+        /// 003.12: order, as a property.
         #[test]
         fn req_003_5_a_flow_keeps_its_order_over_changes_of_workers(
             changes in proptest::collection::vec((1..6_u32, any::<bool>()), 1..6), steps in proptest::collection::vec(0..64_u64, 1..400)

@@ -1,8 +1,18 @@
-//! Recovery strategies as pure functions: retry, failover, circuit breaker. (Restart is `supervisor/backoff.rs`.)
+//! Recovery strategies as pure functions, for users of the library: retry and failover. Restart and the circuit breaker are
+//! the supervisor's (`supervisor/backoff.rs`: back-off, and DEGRADED after five failures in ten seconds).
+//!
+//! ```
+//! use relay::worker::recovery::{Retry, failover};
+//! use std::time::Duration;
+//!
+//! let retry = Retry { attempts: 3, first_pause: Duration::from_millis(1), longest_pause: Duration::from_millis(4) };
+//! let busy_once = |attempt| if attempt == 1 { Err("busy") } else { Ok("done") };
+//! assert_eq!(retry.run(busy_once, |error| *error == "busy", std::thread::sleep), Ok("done"));
+//! assert_eq!(failover(1, &[true, false, true]), Some(2));
+//! ```
 //!
 //! Time is a parameter, waiting is the caller's. Must never retry without a bound.
 
-use std::ops::ControlFlow;
 use std::time::Duration;
 
 /// Retry: so many attempts, with doubling pauses between them.
@@ -47,65 +57,6 @@ pub fn failover(preferred: usize, healthy: &[bool]) -> Option<usize> {
     turn.into_iter().find(|candidate| healthy.get(*candidate).copied().unwrap_or(false))
 }
 
-/// The state of a circuit breaker.
-///
-/// ```text
-///   Closed ── `limit` failures in a row ──▶ Open ── `cool_down` passed ──▶ HalfOpen (one trial)
-///     ▲                                      ▲                              │      │
-///     └────────────── success ───────────────┼──────────────────────────────┘      │
-///                                            └───────────── failure ───────────────┘
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Breaker {
-    /// Calls go through; so many failed in a row.
-    Closed(u32),
-    /// Calls are refused until this time.
-    Open(Duration),
-    /// One call is out to see whether it works again.
-    HalfOpen,
-}
-
-/// A circuit breaker.
-#[derive(Clone, Copy, Debug)]
-pub struct CircuitBreaker {
-    /// Failures in a row that open it.
-    pub limit: u32,
-    /// How long it stays open.
-    pub cool_down: Duration,
-    /// Where it is.
-    pub state: Breaker,
-}
-
-impl CircuitBreaker {
-    /// A closed one.
-    pub const fn new(limit: u32, cool_down: Duration) -> Self {
-        Self { limit, cool_down, state: Breaker::Closed(0) }
-    }
-
-    /// Whether a call may be made at `now`: Continue, or Break with the time to wait.
-    pub fn ask(&mut self, now: Duration) -> ControlFlow<Duration> {
-        match self.state {
-            Breaker::Closed(_) => ControlFlow::Continue(()),
-            Breaker::Open(until) if now >= until => {
-                self.state = Breaker::HalfOpen;
-                ControlFlow::Continue(())
-            }
-            Breaker::Open(until) => ControlFlow::Break(until - now),
-            Breaker::HalfOpen => ControlFlow::Break(Duration::ZERO),
-        }
-    }
-
-    /// How the call ended.
-    pub fn report(&mut self, success: bool, now: Duration) {
-        let opened = Breaker::Open(now.saturating_add(self.cool_down));
-        self.state = match self.state {
-            _ if success => Breaker::Closed(0),
-            Breaker::Closed(failures) if failures + 1 < self.limit => Breaker::Closed(failures + 1),
-            _ => opened,
-        };
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -146,26 +97,5 @@ mod tests {
         assert_eq!(failover(5, &[false, false, true]), Some(2));
         assert_eq!(failover(0, &[false, false]), None);
         assert_eq!(failover(3, &[]), None);
-    }
-
-    #[test]
-    fn req_003_10_the_breaker_opens_after_n_failures_tries_once_and_closes_on_success() {
-        let mut breaker = CircuitBreaker::new(3, ms(100));
-        for now in 0..3 {
-            assert_eq!(breaker.ask(ms(now)), ControlFlow::Continue(()));
-            breaker.report(false, ms(now));
-        }
-        assert_eq!(breaker.ask(ms(50)), ControlFlow::Break(ms(52)));
-        assert_eq!(breaker.ask(ms(102)), ControlFlow::Continue(()), "the trial");
-        assert_eq!(breaker.ask(ms(102)), ControlFlow::Break(ms(0)), "only one");
-        breaker.report(false, ms(103));
-        assert_eq!(breaker.state, Breaker::Open(ms(203)));
-        assert_eq!(breaker.ask(ms(203)), ControlFlow::Continue(()));
-        breaker.report(true, ms(204));
-        assert_eq!(breaker.state, Breaker::Closed(0));
-        breaker.report(false, ms(205));
-        breaker.report(true, ms(206));
-        breaker.report(false, ms(207));
-        assert_eq!(breaker.state, Breaker::Closed(1), "a success in between forgets");
     }
 }

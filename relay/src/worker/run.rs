@@ -11,6 +11,7 @@ use super::adopt::Adopted;
 use super::ledger::Ledger;
 use super::port::{AnyReceive, AnyTransmit};
 use super::snapshot;
+use super::team::pin;
 use super::wait::{self, Life, WaitPolicy};
 use crate::datapath::egress::Egress;
 use crate::datapath::ingress::Ingress;
@@ -18,15 +19,17 @@ use crate::datapath::table::Table;
 use crate::nic::ReceiveCounters;
 use crate::plan::counters::{Counter, output_zero, port_drop, rule_range};
 use crate::plan::fate::DropReason;
-use crate::plan::manifest::{COMMAND_DRAIN, COMMAND_RUN, Control, Manifest};
+use crate::plan::manifest::{COMMAND_DRAIN, COMMAND_RUN, Manifest, Orders};
 use crate::plan::records::{RecordsError, RulesSegment};
-use crate::plan::status::{STATE_BOOT, STATE_FAIL, STATE_HALT, STATE_RUN, StatusPage};
+use crate::plan::status::{FrameStats, StatusPage};
+use crate::ring::memory::{Heap, LINE_SIZE};
+use crate::ring::{SleepFlag, Words};
+use crate::shm::{Actor, Bell, HeaderError, State, Writer, coarse_now};
 use crate::sys::SharedArray;
-use nix::time::{ClockId, clock_gettime};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU64, fence};
+use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
 /// Turns between two looks at the clock while packets flow.
@@ -48,13 +51,11 @@ pub enum RunError {
     #[error(transparent)]
     Records(#[from] RecordsError),
     /// A CPU of the manifest can't be used.
-    #[error("cpu {cpu}: {errno} (--cpus)")]
-    Affinity {
-        /// CPU asked for.
-        cpu: usize,
-        /// Why not.
-        errno: nix::errno::Errno,
-    },
+    #[error("{0} (--cpus)")]
+    Affinity(#[from] super::error::Error),
+    /// The status segment does not permit what happens.
+    #[error("status segment: {0}")]
+    State(#[from] HeaderError),
     /// The egress thread could not be started, or panicked.
     #[error("egress thread: {0}")]
     Thread(String),
@@ -63,55 +64,54 @@ pub enum RunError {
 /// Runs an adopted worker to its end.
 pub fn run(adopted: Adopted) -> Result<(), RunError> {
     let status = adopted.status.clone();
-    status.state.store(STATE_BOOT, Release);
-    status.pid.store(std::process::id(), Release);
     let result = Worker::start(adopted).and_then(Worker::run);
-    status.state.store(if result.is_ok() { STATE_HALT } else { STATE_FAIL }, Release);
-    result
-}
-
-/// Pins the calling thread and reads the affinity back.
-fn pin(cpu: usize) -> Result<(), RunError> {
-    use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-    use nix::unistd::Pid;
-    let failed = |errno| RunError::Affinity { cpu, errno };
-    let mut set = CpuSet::new();
-    set.set(cpu).map_err(failed)?;
-    sched_setaffinity(Pid::from_raw(0), &set).map_err(failed)?;
-    let now = sched_getaffinity(Pid::from_raw(0)).map_err(failed)?;
-    if now.is_set(cpu).map_err(failed)? { Ok(()) } else { Err(failed(nix::errno::Errno::EINVAL)) }
+    let end = if result.is_ok() { State::Halt } else { State::Fail };
+    status.header.become_state(end, Actor::Worker).map_err(RunError::from).and(result)
 }
 
 /// What both threads of a split worker share: the egress thread's pulse and its bed.
 struct Link {
     stop: AtomicBool,
-    asleep: AtomicBool,
     turns: AtomicU64,
-    doorbell: OwnedFd,
+    bell: Bell,
 }
 
-impl Link {
-    /// Wakes the egress thread if it sleeps. The fence pairs with the one in [`egress_thread`]: either it sees the
-    /// published ring, or we see that it sleeps.
-    fn wake(&self) {
-        fence(SeqCst);
-        if self.asleep.load(Relaxed) {
-            // A full eventfd is awake already.
-            let _ = nix::unistd::write(&self.doorbell, &1u64.to_ne_bytes());
+/// The egress thread, from the ingress thread's side.
+struct Mate {
+    link: Arc<Link>,
+    asleep: SleepFlag,
+    thread: std::thread::JoinHandle<Egress<AnyTransmit>>,
+}
+
+impl Mate {
+    /// Wakes the egress thread if it sleeps (ring/sleep.rs says why none is missed).
+    fn wake(&mut self) {
+        if self.asleep.must_ring() {
+            // A bell that cannot be rung leaves a sleep that is bounded.
+            let _ = self.link.bell.ring();
         }
+    }
+
+    /// Lets it finish its turn and gives its half back.
+    fn join(mut self) -> Result<Egress<AnyTransmit>, RunError> {
+        self.link.stop.store(true, Release);
+        self.wake();
+        self.thread.join().map_err(|_| RunError::Thread("panicked".into()))
     }
 }
 
 #[expect(clippy::large_enum_variant, reason = "one value a process; a box would cost every fused turn an indirection")]
 enum Pipeline {
     Fused(Egress<AnyTransmit>),
-    Split(Arc<Link>, std::thread::JoinHandle<Egress<AnyTransmit>>),
+    Split(Mate),
 }
 
 struct Worker {
     manifest: Manifest,
-    control: Control,
+    orders: Orders,
     status: StatusPage,
+    reports: Writer<FrameStats>,
+    turns: u64,
     rules: RulesSegment,
     ingress: Ingress<AnyReceive>,
     pipeline: Pipeline,
@@ -129,10 +129,10 @@ struct Worker {
 
 impl Worker {
     fn start(adopted: Adopted) -> Result<Self, RunError> {
-        let Adopted { manifest, control, status, rules, mut ingress, mut egress, ledger, life } = adopted;
+        let Adopted { manifest, orders, status, reports, rules, mut ingress, mut egress, ledger, life } = adopted;
         if let Some(cpu) = manifest.cpus.first() {
             pin(*cpu)?;
-            status.cpu.store(*cpu as u32, Release);
+            status.set_cpu(*cpu);
         }
         let egress_state = egress.recover();
         let (ingress_state, replayed) = ingress.recover(|epoch| snapshot::load(&rules, epoch).ok());
@@ -149,9 +149,11 @@ impl Worker {
         let now = Instant::now();
         let mut worker = Self {
             crowded: is_crowded(&manifest),
+            turns: status.header.turns(),
             manifest,
-            control,
+            orders,
             status,
+            reports,
             rules,
             ingress,
             pipeline,
@@ -168,7 +170,8 @@ impl Worker {
         worker.port_counters = vec![ReceiveCounters::default(); worker.ingress.ports().len()];
         worker.adopt_table(table);
         worker.beat();
-        worker.status.state.store(STATE_RUN, Release);
+        worker.status.commands.store(0, Release);
+        worker.status.header.become_state(State::Run, Actor::Worker)?;
         wait::knock(&worker.life);
         Ok(worker)
     }
@@ -192,7 +195,7 @@ impl Worker {
     fn run(mut self) -> Result<(), RunError> {
         let mut until_look = TURNS_PER_LOOK;
         let mut idle_since = None;
-        while self.control.command() == COMMAND_RUN && !self.is_orphaned() {
+        while self.orders.command() == COMMAND_RUN && !self.is_orphaned() {
             let moved = self.turn(true)?;
             until_look -= 1;
             if moved > 0 && until_look > 0 {
@@ -222,13 +225,14 @@ impl Worker {
         }
         let taken = self.ingress.turn(&self.table, receiving);
         if taken > 0 {
-            self.status.turns.store(self.status.turns.load(Relaxed) + 1, Release);
+            self.turns += 1;
+            self.status.header.set_turns(self.turns);
         }
         Ok(match &mut self.pipeline {
             Pipeline::Fused(egress) => taken + egress.turn(),
-            Pipeline::Split(link, _) => {
+            Pipeline::Split(mate) => {
                 if taken > 0 {
-                    link.wake();
+                    mate.wake();
                     if self.crowded && self.ingress.is_pressed() {
                         std::thread::yield_now();
                     }
@@ -261,19 +265,18 @@ impl Worker {
 
     /// Whether the egress thread has made a turn since the last beat (a hung thread must not hide behind the other).
     fn pulse(&mut self) -> bool {
-        let Pipeline::Split(link, _) = &self.pipeline else { return true };
-        let turns = link.turns.load(Acquire);
+        let Pipeline::Split(mate) = &self.pipeline else { return true };
+        let turns = mate.link.turns.load(Acquire);
         std::mem::replace(&mut self.egress_turns, turns) != turns
     }
 
     fn beat(&mut self) {
         self.count_port_drops();
         if let Some(frames) = self.ledger.read() {
-            self.status.set_frames(&frames);
+            // Without a gate a channel takes every message.
+            let _ = self.reports.send(&frames);
         }
-        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
-        self.status.beat_ns.store(now.as_nanos() as u64, Release);
-        self.status.beat.store(self.status.beat.load(Relaxed) + 1, Release);
+        self.status.header.beat(coarse_now());
     }
 
     /// Adds what the ports have dropped since the last beat to their counters.
@@ -301,7 +304,7 @@ impl Worker {
     fn sleep(&mut self, idle: Duration) {
         let busy = match &mut self.pipeline {
             Pipeline::Fused(egress) => egress.is_busy(),
-            Pipeline::Split(..) => false,
+            Pipeline::Split(_) => false,
         };
         let Some(bound) = self.policy.sleep(idle, busy) else {
             if self.crowded {
@@ -321,16 +324,14 @@ impl Worker {
     /// successor finds the rest in the RX ring or the socket) and sends what is in hand.
     fn drain(mut self) -> Result<(), RunError> {
         let limit = Instant::now() + DRAIN_LIMIT;
-        let replaced = self.control.command() == COMMAND_DRAIN || self.orphaned_at.is_some();
+        let replaced = self.orders.command() == COMMAND_DRAIN || self.orphaned_at.is_some();
+        self.status.commands.store(self.orders.stats().received as u32, Release);
         while !replaced && Instant::now() < limit && self.turn(true)? > 0 {}
         while replaced && Instant::now() < limit && !self.ingress.wind_up(&self.table) {
             self.turn(false)?;
         }
-        if let Pipeline::Split(link, thread) = self.pipeline {
-            link.stop.store(true, Release);
-            link.wake();
-            let egress = thread.join().map_err(|_| RunError::Thread("panicked".into()))?;
-            self.pipeline = Pipeline::Fused(egress);
+        if let Pipeline::Split(mate) = self.pipeline {
+            self.pipeline = Pipeline::Fused(mate.join()?);
         }
         while Instant::now() < limit {
             self.turn(false)?;
@@ -366,27 +367,25 @@ fn zero_if_new<Z: IntoIterator<Item = (usize, Counter)>>(
 }
 
 fn split(manifest: &Manifest, egress: Egress<AnyTransmit>) -> Result<Pipeline, RunError> {
-    use nix::sys::eventfd::{EfdFlags, EventFd};
     let failed = |error: String| RunError::Thread(error);
-    let doorbell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(|errno| failed(errno.to_string()))?;
-    let link = Arc::new(Link {
-        stop: AtomicBool::new(false),
-        asleep: AtomicBool::new(false),
-        turns: AtomicU64::new(0),
-        doorbell: doorbell.into(),
-    });
+    let bell = Bell::new().map_err(|errno| failed(errno.to_string()))?;
+    let link = Arc::new(Link { stop: AtomicBool::new(false), turns: AtomicU64::new(0), bell });
+    let memory = Arc::new(Heap::new(LINE_SIZE));
+    let word = || Words::new(memory.clone(), 0, 1).ok_or_else(|| failed("no memory for the sleep flag".into()));
+    let (asleep, sleeper) = (SleepFlag::waker(word()?), SleepFlag::sleeper(word()?));
     let (ours, cpu) = (Arc::clone(&link), manifest.cpus.get(1).copied());
     let (policy, crowded) = (WaitPolicy::new(manifest.wait, MAX_SLEEP), is_crowded(manifest));
     let thread = std::thread::Builder::new()
         .name("egress".into())
-        .spawn(move || egress_thread(egress, &ours, policy, crowded, cpu))
+        .spawn(move || egress_thread(egress, &ours, sleeper, policy, crowded, cpu))
         .map_err(|error| failed(error.to_string()))?;
-    Ok(Pipeline::Split(link, thread))
+    Ok(Pipeline::Split(Mate { link, asleep, thread }))
 }
 
 fn egress_thread(
     mut egress: Egress<AnyTransmit>,
     link: &Link,
+    mut sleeper: SleepFlag,
     policy: WaitPolicy,
     crowded: bool,
     cpu: Option<usize>,
@@ -408,13 +407,8 @@ fn egress_thread(
             }
             continue;
         };
-        link.asleep.store(true, Relaxed);
-        fence(SeqCst);
-        if egress.turn() == 0 && !link.stop.load(Acquire) {
-            wait::sleep(&[link.doorbell.as_fd()], bound);
-        }
-        link.asleep.store(false, Relaxed);
-        let _ = nix::unistd::read(&link.doorbell, &mut [0; 8]);
+        // A bell that cannot be waited for is a sleep of no length: it spins.
+        sleeper.sleep_unless(|| egress.turn() > 0 || link.stop.load(Acquire), || _ = link.bell.wait(bound));
     }
     egress
 }

@@ -2,7 +2,28 @@
 //!
 //! Each worker owns its state (made in its own thread, never shared) and the consuming end of one ring; the team owns the
 //! producing ends. Nothing else is shared: no lock, no counter. The relay's own workers are processes with the same hooks
-//! (adopt → prime → turn → drain). Must never wait without a bound.
+//! (adopt → prime → turn → drain); this is library API, and what `relay bench workers` measures scaling with.
+//!
+//! ```
+//! use relay::worker::team::{Hooks, Team};
+//! use std::time::Duration;
+//!
+//! struct Sum(u64);
+//! impl Hooks<u64> for Sum {
+//!     fn handle(&mut self, message: u64) {
+//!         self.0 += message;
+//!     }
+//!     fn shutdown(self) -> u64 {
+//!         self.0
+//!     }
+//! }
+//! let mut team = Team::new(1, 64)?;
+//! let worker = team.add(None, || Sum(0))?;
+//! (1..=10).try_for_each(|message| team.send(worker, message))?;
+//! assert_eq!(team.stop(worker, Duration::from_secs(1))?.result, 55);
+//! # Ok::<(), relay::worker::error::Error>(())
+//! ```
+//! Must never wait without a bound.
 
 use super::error::Error;
 use crate::ring::{Consumer, Producer, heap};
@@ -199,6 +220,7 @@ mod tests {
         Sum(77, 0)
     }
 
+    /// 003.12: shutdown sequences.
     #[test]
     fn req_003_6_shutdown_drains_in_order_and_bounded() {
         let mut team = Team::new(2, 128).unwrap();

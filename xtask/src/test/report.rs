@@ -31,6 +31,8 @@ pub(super) struct Report {
     /// Skips seen in the running program, by name.
     skips: BTreeMap<String, String>,
     failures: Vec<String>,
+    /// What became of each test by name.
+    outcomes: BTreeMap<String, String>,
 }
 
 impl Report {
@@ -52,6 +54,8 @@ impl Report {
         }
         if let Some(name) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
             name.clone_into(&mut self.current);
+        } else if let Some((name, word)) = ran(line) {
+            self.outcomes.insert(name.to_owned(), word.to_owned());
         } else if let Some((name, reason)) = ignored(line) {
             self.skips.insert(name.to_owned(), reason.to_owned());
         } else if let (Section::Successes, Some(reason)) = (self.section, skipped(line)) {
@@ -74,6 +78,7 @@ impl Report {
         };
         let (passed, failed, ignored) = (count(" passed;"), count(" failed;"), count(" ignored;"));
         self.passed += (passed + ignored).saturating_sub(self.skips.len());
+        self.outcomes.extend(self.skips.iter().map(|(name, reason)| (name.clone(), format!("skipped: {reason}"))));
         self.skipped.extend(std::mem::take(&mut self.skips));
         // Names that can't be told are still failures.
         self.failures.resize(failed, "a test whose name was not printed".to_owned());
@@ -90,12 +95,27 @@ impl Report {
         self.failures.clear();
     }
 
+    /// `NAME<tab>passed`, `failed` or `skipped: REASON`, one a line (what `cargo xtask requirements` reads).
+    pub(super) fn outcomes(&self) -> String {
+        self.outcomes.iter().map(|(name, outcome)| format!("{name}\t{outcome}\n")).collect()
+    }
+
     pub(super) fn failed_count(&self) -> usize {
         self.failed.len()
     }
 
     pub(super) fn passes(&self) -> bool {
         self.failed.is_empty() && self.passed > 0
+    }
+}
+
+/// `test NAME ... ok` or `test NAME ... FAILED`.
+fn ran(line: &str) -> Option<(&str, &'static str)> {
+    let (name, rest) = line.strip_prefix("test ")?.split_once(" ... ")?;
+    match rest {
+        "ok" => Some((name, "passed")),
+        "FAILED" => Some((name, "failed")),
+        _ => None,
     }
 }
 
@@ -189,6 +209,9 @@ test result: FAILED. 2 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; 
                     1 passed, 1 failed, 3 skipped\n";
         assert_eq!(text, want);
         assert!(!read(OUTPUT).passes());
+        let outcomes = "a::five\tskipped: needs a NIC\na::four\tskipped: part of the long form: cargo xtask test --long\n\
+                        a::one\tpassed\na::three\tfailed\na::two\tskipped: no network namespace: EPERM\n";
+        assert_eq!(read(OUTPUT).outcomes(), outcomes);
     }
 
     #[test]

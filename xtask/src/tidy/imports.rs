@@ -20,7 +20,7 @@ const ROOMS: [(&str, &[&str]); 17] = [
     ("datapath", &["wire", "rule", "frame", "ring", "nic", "plan", "sys"]),
     ("control", &["rule", "shm", "plan", "sys"]),
     ("worker", &["wire", "rule", "frame", "ring", "shm", "nic", "plan", "datapath", "control", "sys"]),
-    ("supervisor", &["wire", "rule", "config", "frame", "ring", "shm", "nic", "plan", "control", "sys"]),
+    ("supervisor", &["wire", "rule", "config", "frame", "ring", "shm", "nic", "plan", "control", "worker", "sys"]),
     ("lab", &["wire", "rule", "frame", "ring", "shm", "nic", "plan", "datapath", "control", "worker", "sys"]),
     ("doctor", &["wire", "rule", "frame", "nic", "plan", "control", "supervisor", "sys"]),
     ("metrics", &["control", "supervisor"]),

@@ -3,6 +3,7 @@
 //! The slow ways (mutex, naive, mpmc, pipe …) live here, never in the data path's rooms. A figure names its conditions: pinned
 //! threads, interleaved rounds, medians, preemptions, and the cache-line ping-pong of the same run.
 
+pub mod channels;
 pub mod demo;
 mod fifo;
 pub mod measure;
@@ -10,6 +11,7 @@ pub mod peer;
 pub mod processes;
 pub mod queues;
 pub mod ring;
+pub mod workers;
 
 use serde::Serialize;
 

@@ -100,11 +100,11 @@ fn accept_if_v6(address: Ipv6Addr) -> Vec<sock_filter> {
     code
 }
 
-const fn op(code: u16, k: u32) -> sock_filter {
+pub(super) const fn op(code: u16, k: u32) -> sock_filter {
     sock_filter { code, jt: 0, jf: 0, k }
 }
 
-const fn jump_if_equal(k: u32, jt: u8, jf: u8) -> sock_filter {
+pub(super) const fn jump_if_equal(k: u32, jt: u8, jf: u8) -> sock_filter {
     sock_filter { code: JUMP_IF_EQUAL, jt, jf, k }
 }
 

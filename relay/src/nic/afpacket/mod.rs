@@ -7,6 +7,7 @@
 //! sendmmsg, ppoll, getsockopt. The packet path has no journal position: the rings die with the worker, so
 //! [`Held`] marks the frames that were with them. Must never know a rule or the data path.
 
+pub mod fanout;
 mod filter;
 mod layout;
 mod outbox;

@@ -8,7 +8,7 @@
 //! Options: packet(7), linux/if_packet.h, socket(7).
 #![expect(unsafe_code, reason = "socket options and addresses that nix has no names for")]
 
-use super::filter;
+use super::{fanout, filter};
 use nix::errno::Errno;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -29,6 +29,8 @@ pub enum FanoutMode {
     Cpu,
     /// One after the other: a flow is spread and may be reordered.
     RoundRobin,
+    /// By a table: a flow's bucket → the socket, numbered in the order of joining.
+    Table([u8; fanout::BUCKETS]),
 }
 
 /// Membership in a fan-out group (PACKET_FANOUT).
@@ -47,6 +49,7 @@ impl Fanout {
             FanoutMode::Queue => libc::PACKET_FANOUT_QM,
             FanoutMode::Cpu => libc::PACKET_FANOUT_CPU,
             FanoutMode::RoundRobin => libc::PACKET_FANOUT_LB,
+            FanoutMode::Table(_) => libc::PACKET_FANOUT_CBPF,
         };
         self.group as u32 | mode << 16
     }
@@ -86,6 +89,9 @@ pub fn open_receive(ifindex: u32, unicast: &[IpAddr], fanout: Option<Fanout>) ->
     bind(&fd, ifindex, libc::ETH_P_ALL as u16).map_err(at("bind"))?;
     if let Some(fanout) = fanout {
         set_option(&fd, libc::SOL_PACKET, libc::PACKET_FANOUT, &fanout.raw()).map_err(at("PACKET_FANOUT"))?;
+        if let FanoutMode::Table(table) = &fanout.mode {
+            attach(&fd, libc::SOL_PACKET, libc::PACKET_FANOUT_DATA, fanout::program(table)).map_err(at("PACKET_FANOUT_DATA"))?;
+        }
     }
     Ok(fd)
 }
@@ -116,10 +122,13 @@ pub fn open_send(ifindex: u32) -> Result<OwnedFd, SocketError> {
 
 /// Puts another filter in place of the socket's, at once and without a gap.
 pub fn set_filter(fd: &impl AsFd, unicast: &[IpAddr]) -> Result<(), Errno> {
-    let mut code = filter::program(unicast);
+    attach(fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, filter::program(unicast))
+}
+
+fn attach(fd: &impl AsFd, level: libc::c_int, name: libc::c_int, mut code: Vec<libc::sock_filter>) -> Result<(), Errno> {
     let len = u16::try_from(code.len()).map_err(|_| Errno::E2BIG)?;
     let program = libc::sock_fprog { len, filter: code.as_mut_ptr() };
-    set_option(fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
+    set_option(fd, level, name, &program)
 }
 
 /// Packets the kernel dropped at this socket because its queue was full, since the last call (reading resets it).
