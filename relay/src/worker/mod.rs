@@ -11,6 +11,7 @@ pub mod partition;
 pub mod port;
 pub mod recovery;
 pub mod run;
+pub mod sandbox;
 pub mod snapshot;
 pub mod team;
 pub mod wait;

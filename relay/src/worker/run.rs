@@ -10,6 +10,7 @@
 use super::adopt::Adopted;
 use super::ledger::Ledger;
 use super::port::{AnyReceive, AnyTransmit};
+use super::sandbox;
 use super::snapshot;
 use super::team::pin;
 use super::wait::{self, Life, WaitPolicy};
@@ -19,7 +20,7 @@ use crate::datapath::table::Table;
 use crate::nic::ReceiveCounters;
 use crate::plan::counters::{Counter, output_zero, port_drop, rule_range};
 use crate::plan::fate::DropReason;
-use crate::plan::manifest::{COMMAND_DRAIN, COMMAND_RUN, Manifest, Orders};
+use crate::plan::manifest::{COMMAND_DRAIN, COMMAND_RUN, Manifest, Orders, PortKind, PortManifest};
 use crate::plan::records::{RecordsError, RulesSegment};
 use crate::plan::status::{FrameStats, StatusPage};
 use crate::ring::memory::{Heap, LINE_SIZE};
@@ -30,6 +31,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 
 /// Turns between two looks at the clock while packets flow.
@@ -80,7 +82,7 @@ struct Link {
 struct Mate {
     link: Arc<Link>,
     asleep: SleepFlag,
-    thread: std::thread::JoinHandle<Egress<AnyTransmit>>,
+    done: Receiver<Egress<AnyTransmit>>,
 }
 
 impl Mate {
@@ -93,10 +95,10 @@ impl Mate {
     }
 
     /// Lets it finish its turn and gives its half back.
-    fn join(mut self) -> Result<Egress<AnyTransmit>, RunError> {
+    fn join(&mut self) -> Result<Egress<AnyTransmit>, RunError> {
         self.link.stop.store(true, Release);
         self.wake();
-        self.thread.join().map_err(|_| RunError::Thread("panicked".into()))
+        self.done.recv().map_err(|_| RunError::Thread("panicked".into()))
     }
 }
 
@@ -170,10 +172,22 @@ impl Worker {
         worker.port_counters = vec![ReceiveCounters::default(); worker.ingress.ports().len()];
         worker.adopt_table(table);
         worker.beat();
+        worker.close_box();
         worker.status.commands.store(0, Release);
         worker.status.header.become_state(State::Run, Actor::Worker)?;
         wait::knock(&worker.life);
         Ok(worker)
+    }
+
+    /// What this worker is made of is known now, and no thread follows. A kernel without the filter is said, not fatal: the
+    /// worker has no capability and no descriptor that it does not need.
+    fn close_box(&self) {
+        let is_packet = |port: &PortManifest| port.kind == PortKind::Packet;
+        let ports = &self.manifest.ports;
+        let parts = sandbox::Parts { split: self.manifest.split, packet: ports.iter().any(is_packet), ports: ports.len() };
+        if let Err(error) = sandbox::close(parts) {
+            eprintln!("worker: not confined: {error}");
+        }
     }
 
     /// Swaps the snapshot: counters of new rules start at 0, then the supervisor is told.
@@ -192,7 +206,14 @@ impl Worker {
         self.status.acked_epoch.store(epoch, Release);
     }
 
+    /// Forwards to the end. The process ends next; what it owns is left to the kernel, which needs no call for it.
     fn run(mut self) -> Result<(), RunError> {
+        let end = self.forward().and_then(|()| self.drain());
+        std::mem::forget(self);
+        end
+    }
+
+    fn forward(&mut self) -> Result<(), RunError> {
         let mut until_look = TURNS_PER_LOOK;
         let mut idle_since = None;
         while self.orders.command() == COMMAND_RUN && !self.is_orphaned() {
@@ -214,7 +235,7 @@ impl Worker {
                 idle_since = None;
             }
         }
-        self.drain()
+        Ok(())
     }
 
     /// One turn of the ingress side, and of the egress side where it is ours.
@@ -322,7 +343,7 @@ impl Worker {
 
     /// Takes what is left (on a planned replacement, and without a supervisor, only what would die with this process: the
     /// successor finds the rest in the RX ring or the socket) and sends what is in hand.
-    fn drain(mut self) -> Result<(), RunError> {
+    fn drain(&mut self) -> Result<(), RunError> {
         let limit = Instant::now() + DRAIN_LIMIT;
         let replaced = self.orders.command() == COMMAND_DRAIN || self.orphaned_at.is_some();
         self.status.commands.store(self.orders.stats().received as u32, Release);
@@ -330,7 +351,7 @@ impl Worker {
         while replaced && Instant::now() < limit && !self.ingress.wind_up(&self.table) {
             self.turn(false)?;
         }
-        if let Pipeline::Split(mate) = self.pipeline {
+        if let Pipeline::Split(mate) = &mut self.pipeline {
             self.pipeline = Pipeline::Fused(mate.join()?);
         }
         while Instant::now() < limit {
@@ -375,11 +396,22 @@ fn split(manifest: &Manifest, egress: Egress<AnyTransmit>) -> Result<Pipeline, R
     let (asleep, sleeper) = (SleepFlag::waker(word()?), SleepFlag::sleeper(word()?));
     let (ours, cpu) = (Arc::clone(&link), manifest.cpus.get(1).copied());
     let (policy, crowded) = (WaitPolicy::new(manifest.wait, MAX_SLEEP), is_crowded(manifest));
-    let thread = std::thread::Builder::new()
-        .name("egress".into())
-        .spawn(move || egress_thread(egress, &ours, sleeper, policy, crowded, cpu))
-        .map_err(|error| failed(error.to_string()))?;
-    Ok(Pipeline::Split(Mate { link, asleep, thread }))
+    let (started, ready) = sync_channel(1);
+    let (finished, done) = sync_channel(1);
+    let thread = move || {
+        // A CPU that can't be used was refused for the first thread already; here the inherited affinity is the fall-back.
+        let _ = cpu.map(pin);
+        // Both receivers live as long as the process, unless the other thread has failed: then this one has no work left.
+        let _ = started.send(());
+        let _ = finished.send(egress_thread(egress, &ours, sleeper, policy, crowded));
+        // The end of a thread takes calls that the box does not have; the end of the process takes it along.
+        loop {
+            std::thread::park();
+        }
+    };
+    std::thread::Builder::new().name("egress".into()).spawn(thread).map_err(|error| failed(error.to_string()))?;
+    ready.recv().map_err(|_| failed("panicked".into()))?;
+    Ok(Pipeline::Split(Mate { link, asleep, done }))
 }
 
 fn egress_thread(
@@ -388,10 +420,7 @@ fn egress_thread(
     mut sleeper: SleepFlag,
     policy: WaitPolicy,
     crowded: bool,
-    cpu: Option<usize>,
 ) -> Egress<AnyTransmit> {
-    // A CPU that can't be used was refused for the first thread already; here the inherited affinity is the fall-back.
-    let _ = cpu.map(pin);
     let mut idle_since = None;
     while !link.stop.load(Acquire) {
         link.turns.fetch_add(1, Release);
