@@ -81,6 +81,7 @@ fn rule_info() -> RuleInfo {
         engine: "tx".into(),
         reason: "a rewrite per output".into(),
         joined: true,
+        ..RuleInfo::default()
     }
 }
 
@@ -256,7 +257,7 @@ fn json_has_the_keys_of_the_contract() {
     assert_keys(&status["supervisor"], "pid uptime_ms capabilities");
     assert_keys(&status["interfaces"][0], "name backend reason driver queues");
     assert_keys(&status["workers"][0], "id pid state cpu restarts last_exit heartbeat_age_ms");
-    assert_keys(&json("rule|list")[0], "id rule path engine reason joined");
+    assert_keys(&json("rule|list")[0], "id rule path engine reason joined query_age_ms pending loop_suspected");
     let channels = json("channels");
     assert_keys(&channels, "channels segments");
     assert_keys(&channels["channels"][0], "name kind worker memory_bytes capacity depth high_water sent received dropped overruns");

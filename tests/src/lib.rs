@@ -17,6 +17,7 @@ use std::time::Duration;
 pub mod golden;
 pub mod paths;
 pub mod process;
+pub mod raw;
 
 pub use relay::lab::{Lab, LabSpec, RelayProcess};
 
@@ -134,9 +135,14 @@ pub fn send(lab: &Lab, args: &send::Args) -> Result<send::Report> {
     Ok(lab.src.run(|| send::send(args))??)
 }
 
-/// Sends in the background; the test goes on.
+/// Sends from `s0` in the background; the test goes on.
 pub fn send_in_background(lab: &Lab, args: &send::Args) -> Result<Sending> {
-    let mut command = lab.src.command(relay_bin()?)?;
+    send_in_background_from(&lab.src, args)
+}
+
+/// Sends from a namespace in the background; the test goes on.
+pub fn send_in_background_from(namespace: &Namespace, args: &send::Args) -> Result<Sending> {
+    let mut command = namespace.command(relay_bin()?)?;
     command.args(["send", "--json", "--iface", &args.iface, "--to", &args.to.to_string(), "--rate", &args.rate.to_string()]);
     command.args(["--size", &args.size.to_string(), "--ttl", &args.ttl.to_string(), "--first", &args.first.to_string()]);
     command.args(args.count.iter().flat_map(|count| ["--count".to_owned(), count.to_string()]));

@@ -9,8 +9,8 @@ use relay_tests::process::{status_field, wait_replaced};
 use relay_tests::{Lab, Listener, RelayProcess, assert_frames_conserved, needs_root, send_args, send_in_background, start_relay};
 use std::time::{Duration, Instant};
 
-/// CAP_KILL, SETGID, SETUID, NET_ADMIN, NET_RAW, BPF (linux/capability.h).
-const SUPERVISOR: u64 = 1 << 5 | 1 << 6 | 1 << 7 | 1 << 12 | 1 << 13 | 1 << 39;
+/// CAP_KILL, SETGID, SETUID, NET_ADMIN, NET_RAW, IPC_LOCK, BPF (linux/capability.h).
+const SUPERVISOR: u64 = 1 << 5 | 1 << 6 | 1 << 7 | 1 << 12 | 1 << 13 | 1 << 14 | 1 << 39;
 
 fn relay(lab: &Lab, args: &[&str]) -> RelayProcess {
     let rule = format!("r0 {GROUP} -> r1 {REWRITTEN} ttl=keep");

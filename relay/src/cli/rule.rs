@@ -118,6 +118,7 @@ mod tests {
             engine: String::new(),
             reason: "no edit needs a worker".into(),
             joined: true,
+            ..RuleInfo::default()
         };
         assert_eq!(
             table(&[rule], &Output::new(false)),

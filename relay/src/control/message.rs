@@ -92,7 +92,7 @@ pub struct ErrorBody {
 }
 
 /// A rule as it runs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RuleInfo {
     /// Name.
     pub id: String,
@@ -106,6 +106,15 @@ pub struct RuleInfo {
     pub reason: String,
     /// Whether the relay's join stands.
     pub joined: bool,
+    /// How long ago the ingress interface last heard a membership query (IGMP or MLD, by the rule's family); none yet.
+    #[serde(default)]
+    pub query_age_ms: Option<u64>,
+    /// What outputs wait for, in words: `output N: why`.
+    #[serde(default)]
+    pub pending: Vec<String>,
+    /// Packets of the rule expire by TTL while others go out: another relay may send them back.
+    #[serde(default)]
+    pub loop_suspected: bool,
 }
 
 /// `relay status`.
@@ -159,6 +168,12 @@ pub struct InterfaceInfo {
     pub refused: u64,
     /// Wake-ups that failed with an error that is neither benign nor a state of the interface.
     pub kick_errors: u64,
+    /// `up down no_carrier missing`.
+    #[serde(default)]
+    pub link: String,
+    /// Its MTU in bytes.
+    #[serde(default)]
+    pub mtu: u32,
 }
 
 /// A worker in [`Status`].

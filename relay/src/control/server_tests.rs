@@ -297,6 +297,7 @@ fn a_reader_that_does_not_read_is_dropped_and_delays_nobody() {
         engine: String::new(),
         reason: String::new(),
         joined: false,
+        ..RuleInfo::default()
     };
     let rules = Response::Rules(vec![rule; 3]);
     for _ in 0..10 {

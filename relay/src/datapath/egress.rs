@@ -121,9 +121,10 @@ impl<T: Transmit> Egress<T> {
         frames
     }
 
-    /// Whether any frame is on its way out.
+    /// Whether any frame is on its way out. What stands before an interface that is down or gone is not: it waits for no one.
     pub fn is_busy(&mut self) -> bool {
-        self.ports.iter_mut().any(|port| port.transmit.outstanding() > 0 || port.ring.available() > 0)
+        let mut sending = self.ports.iter_mut().filter(|port| !port.state.down && !port.state.gone);
+        sending.any(|port| port.transmit.outstanding() > 0 || port.ring.available() > 0)
     }
 }
 

@@ -13,7 +13,7 @@ use super::tally::Tally;
 use crate::frame::HeldMap;
 use crate::frame::{CONTINUES, FRAME_SIZE, Frame, HEADROOM, MAX_FRAGMENTS, Pool, RawDesc, Umem};
 use crate::nic::{BATCH_DESCS, BATCH_LEN, Batch, Fragment, Packet, Receive, TAKEN_DESCS};
-use crate::plan::counters::{Counter, MAX_PORTS, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx};
+use crate::plan::counters::{Counter, MAX_PORTS, output_clock, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx};
 use crate::plan::fate::{DropReason, OutputDropReason};
 use crate::ring::{Consumer, Producer};
 use crate::sys::{SharedArray, fuse};
@@ -78,6 +78,8 @@ pub struct Ingress<R> {
     spare: ArrayVec<Frame, BATCH_DESCS>,
     freed: ArrayVec<u32, TAKEN_DESCS>,
     staging: Staging,
+    /// Clocks of rate limits that the batch in hand has moved: counter, new time.
+    clocks: Vec<(u32, u64)>,
 }
 
 /// The parts an [`Ingress`] is made of.
@@ -122,6 +124,7 @@ impl<R: Receive> Ingress<R> {
             spare: ArrayVec::new(),
             freed: ArrayVec::new(),
             staging: Staging::default(),
+            clocks: Vec::new(),
         }
     }
 
@@ -240,10 +243,11 @@ impl<R: Receive> Ingress<R> {
             pool_len: self.pool.len(),
             epoch: table.epoch(),
             slot_count: port.receive.taken(),
+            now: if table.has_rates() { now() } else { 0 },
             ..Armed::default()
         };
         let armed = self.arm(armed);
-        self.process_batch(index, table, None);
+        self.process_batch(index, table, None, armed.now);
         self.commit(index, armed);
         count
     }
@@ -310,18 +314,20 @@ impl<R: Receive> Ingress<R> {
         }
     }
 
-    /// Gives every packet its fate. `poison`: bits of packets to drop unprocessed, on a replay only.
-    pub(super) fn process_batch(&mut self, index: usize, table: &Table, poison: Option<u64>) {
+    /// Gives every packet its fate. `poison`: bits of packets to drop unprocessed, on a replay only. `now`: the time by which
+    /// rates are limited; a replay has that of the batch, so that it decides the same.
+    pub(super) fn process_batch(&mut self, index: usize, table: &Table, poison: Option<u64>, now: u64) {
         let Some(port) = self.ports.get(index) else { return };
         let (number, ifindex) = (port.number, port.ifindex);
         self.tally.clear();
         self.freed.clear();
         self.freed.extend(self.spare.drain(..).map(Frame::into_index));
-        let Self { umem, pool, journal, egress, tally, batch, freed, staging, .. } = self;
+        self.clocks.clear();
+        let Self { umem, pool, journal, egress, tally, batch, freed, staging, counters, clocks, .. } = self;
         for (at, packet) in batch.drain(..).enumerate() {
             journal.at(at);
             let skip = poison.is_some_and(|bits| bits & 1u64.checked_shl(at as u32).unwrap_or(0) != 0);
-            let mut hand = Hand { umem, pool, egress, staging, tally, replay: poison.is_some() };
+            let mut hand = Hand { umem, pool, egress, staging, tally, replay: poison.is_some(), now, counters, clocks };
             let saved = journal.saved(at);
             let left = hand.packet(table, (number, ifindex), packet, &saved, skip);
             for fragment in left {
@@ -394,6 +400,19 @@ struct Hand<'a> {
     tally: &'a mut Tally,
     /// A dead worker had this batch in hand: some of its rings may be published.
     replay: bool,
+    /// CLOCK_MONOTONIC in 1/64 ns, for rate limits.
+    now: u64,
+    counters: &'a SharedArray<Counter>,
+    clocks: &'a mut Vec<(u32, u64)>,
+}
+
+/// What a rate limit lets through at once after a silence, in 1/64 ns: 10 ms of its rate.
+const RATE_BURST: u64 = 10_000_000 << 6;
+
+/// CLOCK_MONOTONIC in 1/64 ns (no system call: the kernel maps its clock into the process).
+fn now() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(std::time::Duration::ZERO, std::time::Duration::from);
+    (now.as_nanos() as u64) << 6
 }
 
 type Fragments = ArrayVec<Fragment, MAX_FRAGMENTS>;
@@ -469,12 +488,35 @@ impl Hand<'_> {
         self.tally.add(sent.map_or_else(|reason| output_drop(slot, reason), |()| output_tx(slot)), len);
     }
 
-    fn admit(&self, output: &OutputPlan, fragment_count: usize) -> Result<(), OutputDropReason> {
+    fn admit(&mut self, output: &OutputPlan, fragment_count: usize) -> Result<(), OutputDropReason> {
         match output.blocked {
             Some(reason) => Err(reason),
-            None if (self.staging.room(output.port) as usize) < fragment_count => Err(OutputDropReason::EgressFull),
+            None if (self.staging.room(output.port) as usize) < fragment_count => match self.egress.get(output.port as usize) {
+                Some(Some(_)) => Err(OutputDropReason::EgressFull),
+                // The port was taken away after these rules were written.
+                _ => Err(OutputDropReason::OutputDown),
+            },
+            None if output.gap != 0 && !self.is_due(output) => Err(OutputDropReason::RateLimited),
             None => Ok(()),
         }
+    }
+
+    /// The generic cell rate algorithm: a packet is due unless the clock is ahead by more than the burst; it moves the clock by
+    /// one gap. The clock is a counter, moved by the tally, so that a kill moves it once or not at all.
+    fn is_due(&mut self, output: &OutputPlan) -> bool {
+        let clock = output_clock(output.slot as usize);
+        let moved = self.clocks.iter_mut().rev().find(|(moved, _)| *moved == clock);
+        let due = moved.as_ref().map_or_else(|| self.counters.get(clock as usize).bytes, |(_, due)| *due);
+        if due > self.now.saturating_add(RATE_BURST) {
+            return false;
+        }
+        let next = due.max(self.now).saturating_add(output.gap);
+        match moved {
+            Some((_, due)) => *due = next,
+            None => self.clocks.push((clock, next)),
+        }
+        self.tally.add(clock, next - due);
+        true
     }
 
     fn copy_out(&mut self, output: &OutputPlan, parsed: &Parsed<'_>, fragments: &Fragments) -> Result<(), OutputDropReason> {

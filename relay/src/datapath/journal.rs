@@ -50,7 +50,7 @@ struct SavedHint {
     serial: u32,
 }
 
-/// What is fixed for the batch in hand. 48 bytes.
+/// What is fixed for the batch in hand. 56 bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Armed {
@@ -78,6 +78,8 @@ pub struct Armed {
     pub slot_count: u32,
     /// Always 0.
     pub zero: u32,
+    /// When it was armed, in 1/64 ns, where rates are limited.
+    pub now: u64,
 }
 
 /// One egress ring at the moment of arming. 8 bytes.

@@ -7,6 +7,7 @@ use super::ingress::Ingress;
 use super::journal::Armed;
 use super::journal::{ARMED, COMMIT, MOVE, MOVE_DISCARD, MOVE_REAP, MOVE_RECYCLE, MOVE_REFILL, MOVE_SEND};
 use super::table::Table;
+use crate::frame::FRAME_SIZE;
 use crate::nic::{Receive, Transmit};
 use crate::sys::fuse;
 use std::collections::HashSet;
@@ -125,7 +126,7 @@ impl<R: Receive> Ingress<R> {
         self.rearm();
         self.take_again(&armed);
         self.retake(index, &armed);
-        self.process_batch(index, &table, Some(self.journal.poison()));
+        self.process_batch(index, &table, Some(self.journal.poison()), armed.now);
         self.commit(index, armed);
         armed.packet_count
     }
@@ -160,6 +161,33 @@ impl<R: Receive> Ingress<R> {
             self.held.clear(*frame);
             self.held_by_senders.clear(*frame);
         }
+        self.pool.len() - before
+    }
+
+    /// Frames of the batch that the journal has in hand; they get their fate by the recovery.
+    pub fn frames_in_hand(&self) -> HashSet<u32> {
+        if !matches!(self.journal.state(), ARMED | COMMIT) {
+            return HashSet::new();
+        }
+        let armed = self.journal.armed();
+        let frame = |at: u32| (self.journal.desc(at as usize).addr / u64::from(FRAME_SIZE)) as u32;
+        (0..armed.desc_count + armed.spare_count).map(frame).collect()
+    }
+
+    /// Puts frames that are in no ring any more into the pool, but for those that stand somewhere all the same, and lets go of
+    /// the ports that only the recovery needed. Comes after it. Returns how many frames.
+    ///
+    /// A kill in here is harmless: until the first turn nobody takes a frame out of the pool.
+    pub fn bury(&mut self, frames: &HashSet<u32>, standing: &HashSet<u32>, is_absent: impl Fn(usize) -> bool) -> u32 {
+        self.ports.retain(|port| !is_absent(port.number));
+        let in_pool: HashSet<u32> = (0..self.pool.len()).map(|position| self.pool.peek(position)).collect();
+        let before = self.pool.len();
+        for frame in frames.iter().filter(|frame| !in_pool.contains(frame) && !standing.contains(frame)) {
+            if let Ok(frame) = self.umem.claim_index(*frame) {
+                self.pool.put(frame);
+            }
+        }
+        self.pool.publish();
         self.pool.len() - before
     }
 }

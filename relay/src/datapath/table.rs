@@ -19,6 +19,8 @@ pub struct OutputPlan {
     pub blocked: Option<OutputDropReason>,
     /// The header edits.
     pub edit: Edit,
+    /// Least time between two packets in the long run, in 1/64 ns; 0: unlimited.
+    pub gap: u64,
 }
 
 /// A rule as the data path needs it.
@@ -71,6 +73,7 @@ pub struct Table {
     rules: Vec<RulePlan>,
     compiled: Compiled,
     own_sources: Vec<(u32, [u8; 16])>,
+    has_rates: bool,
 }
 
 impl Table {
@@ -83,7 +86,13 @@ impl Table {
                 *entry = position as u32;
             }
         }
-        Self { epoch, by_slot, rules, compiled, own_sources }
+        let has_rates = rules.iter().any(|rule| rule.outputs.iter().any(|output| output.gap != 0));
+        Self { epoch, by_slot, rules, compiled, own_sources, has_rates }
+    }
+
+    /// Whether any output has a rate limit, so that a batch has to know the time.
+    pub const fn has_rates(&self) -> bool {
+        self.has_rates
     }
 
     /// Epoch of the snapshot.

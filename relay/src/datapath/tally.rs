@@ -16,8 +16,8 @@ pub struct Increment {
     pub bytes: u64,
 }
 
-/// Different counters one batch can touch.
-pub const MAX_INCREMENTS: usize = 8192;
+/// Different counters one batch can touch: 64 packets to 64 outputs each, a counter and a clock for each, and three for the packet.
+pub const MAX_INCREMENTS: usize = 8448;
 const CACHE: usize = 128;
 
 /// What the batch in hand adds. Merges by a small direct-mapped cache, so a uniform flow needs a handful of entries.

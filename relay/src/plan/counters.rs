@@ -47,7 +47,7 @@ const fn positive(value: u64) -> u64 {
 
 const PORT_STRIDE: usize = 1 + DropReason::COUNT;
 const RULE_STRIDE: usize = 1 + DropReason::COUNT;
-const OUTPUT_STRIDE: usize = 1 + OutputDropReason::COUNT;
+const OUTPUT_STRIDE: usize = 2 + OutputDropReason::COUNT;
 const RULES: usize = MAX_PORTS * PORT_STRIDE;
 const OUTPUTS: usize = RULES + MAX_RULES * RULE_STRIDE;
 
@@ -91,7 +91,14 @@ pub fn output_zero(slot: usize, egress: impl Fn(usize) -> Counter) -> Vec<(usize
     let drops: Vec<usize> = OutputDropReason::ALL.iter().map(|reason| output_drop(slot, *reason) as usize).collect();
     let refused = drops.iter().map(|index| egress(*index)).fold(Counter::default(), Counter::plus);
     let tx = (output_tx(slot) as usize, refused);
-    std::iter::once(tx).chain(drops.iter().map(|index| (*index, minus(egress(*index))))).collect()
+    let clock = (output_clock(slot) as usize, Counter::default());
+    [tx, clock].into_iter().chain(drops.iter().map(|index| (*index, minus(egress(*index))))).collect()
+}
+
+/// The clock of an output's rate limit: `bytes` is when the next packet is due, in 1/64 ns of CLOCK_MONOTONIC. A counter, so that
+/// the journal moves it exactly once.
+pub const fn output_clock(slot: usize) -> u32 {
+    output_tx(slot) + 1 + OutputDropReason::COUNT as u32
 }
 
 /// Range of all counters of a rule slot (to zero them for a new rule).

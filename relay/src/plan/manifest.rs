@@ -25,7 +25,7 @@ pub const COMMANDS: u32 = 16;
 const MANIFEST_LEN: usize = 4096;
 const MANIFEST: usize = MANIFEST_LEN + 64;
 /// Bytes of a control segment.
-const CONTROL_LEN: usize = 64 * 1024;
+const CONTROL_LEN: usize = 1024 * 1024;
 
 const _: () = assert!(channel_len::<Command>(COMMANDS) <= MANIFEST_LEN, "the commands reach into the manifest");
 
@@ -49,6 +49,8 @@ pub enum PortKind {
     Xsk,
     /// AF_PACKET sockets, driven by io_uring or, where the kernel refuses it, by recvmmsg and sendmmsg.
     Packet,
+    /// Nothing: the interface is missing, only the number is kept.
+    Absent,
 }
 
 /// One port of the worker. Its number is its place in the list.
@@ -124,6 +126,10 @@ pub struct Manifest {
     pub linger_ms: u64,
     /// The ports, in numeric order.
     pub ports: Vec<PortManifest>,
+    /// Frames in rings of interfaces that are gone (nobody can map those any more): a bit each, frame 0 the lowest of the first.
+    pub orphans: Vec<u64>,
+    /// Which orphans these are; a worker that has taken them notes it, so that no successor does it again.
+    pub orphans_serial: u32,
 }
 
 /// Why a control segment was refused.

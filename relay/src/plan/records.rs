@@ -68,7 +68,7 @@ pub struct RuleRecord {
     pub source: [u8; 16],
 }
 
-/// An output. 80 bytes.
+/// An output. 88 bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct OutputRecord {
@@ -82,9 +82,16 @@ pub struct OutputRecord {
     pub zero: u32,
     /// Header edits.
     pub edit: Edit,
+    /// `rate=`: least time between two packets of one worker in the long run, in 1/64 ns; 0: unlimited.
+    pub gap: u64,
 }
 
 impl OutputRecord {
+    /// [`Self::gap`] of a rate in packets per second that `workers` share evenly.
+    pub fn gap_of(rate: u64, workers: u64) -> u64 {
+        (u128::from(workers) * 64_000_000_000 / u128::from(rate.max(1))).clamp(1, u128::from(u64::MAX >> 8)) as u64
+    }
+
     /// Why the output can't send, if it can't.
     pub fn blocked(&self) -> Option<OutputDropReason> {
         OutputDropReason::ALL.get(self.blocked.checked_sub(1)? as usize).copied()

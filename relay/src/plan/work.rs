@@ -5,6 +5,8 @@
 use super::counters::MAX_PORTS;
 use crate::frame::Pool;
 
+/// Where the segment says which burial of orphaned frames was the last (u32; the word at 0 says that it has been used).
+pub const BURIED_AT: usize = 64;
 /// Bytes of one journal (datapath/journal.rs asserts that its parts fit).
 pub const JOURNAL_LEN: usize = 160 * 1024;
 

@@ -119,13 +119,15 @@ impl SetDiff {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RuleSet {
     rules: Vec<Rule>,
+    /// Where the rule of an id stands.
+    by_id: HashMap<String, usize>,
 }
 
 impl RuleSet {
     /// A set of these rules.
     pub fn new(rules: Vec<Rule>) -> Result<Self, SetError> {
         validate(&rules)?;
-        Ok(Self { rules })
+        Ok(Self { by_id: index(&rules), rules })
     }
 
     /// The rules in order.
@@ -135,17 +137,43 @@ impl RuleSet {
 
     /// The rule of that name.
     pub fn get(&self, id: &str) -> Option<&Rule> {
-        self.rules.iter().find(|rule| rule.id == id)
+        self.by_id.get(id).and_then(|at| self.rules.get(*at))
     }
 
-    /// Adds one rule at the end.
+    /// Adds one rule at the end. Checks only what the new rule can break.
     pub fn add(&mut self, rule: Rule) -> Result<(), SetError> {
+        check_rule(&rule)?;
+        self.check_against(&rule)?;
+        self.by_id.insert(rule.id.clone(), self.rules.len());
         self.rules.push(rule);
-        let result = validate(&self.rules);
-        if result.is_err() {
-            self.rules.pop();
+        let result = self.check_last();
+        if result.is_err()
+            && let Some(rule) = self.rules.pop()
+        {
+            self.by_id.remove(&rule.id);
         }
         result
+    }
+
+    /// Matches and ids differ from the new rule's.
+    fn check_against(&self, rule: &Rule) -> Result<(), SetError> {
+        let key = precedence_key(rule);
+        if let Some(first) = self.rules.iter().find(|first| precedence_key(first) == key) {
+            return Err(SetError::SameMatch { first: first.id.clone(), second: rule.id.clone(), text: place_text(rule) });
+        }
+        match self.get(&rule.id) {
+            Some(first) => Err(SetError::SameId { id: rule.id.clone(), first: place_text(first), second: place_text(rule) }),
+            None => Ok(()),
+        }
+    }
+
+    /// Shapes and circles with the last rule. A circle through it enters and leaves it by interfaces that others use as well.
+    fn check_last(&self) -> Result<(), SetError> {
+        let Some((last, others)) = self.rules.split_last() else { return Ok(()) };
+        check_shapes(self.rules.iter().filter(|rule| rule.ingress == last.ingress))?;
+        let entered = others.iter().any(|rule| rule.outputs.iter().any(|output| output.egress == last.ingress));
+        let left = others.iter().any(|rule| last.outputs.iter().any(|output| output.egress == rule.ingress));
+        if entered && left { check_circles(&self.rules) } else { Ok(()) }
     }
 
     /// Takes one rule out.
@@ -155,8 +183,11 @@ impl RuleSet {
             let hint = hint.map_or_else(|| "see `relay rule list`".to_owned(), |id| format!("did you mean {id}?"));
             SetError::UnknownId { id: id.to_owned(), hint }
         };
-        let at = self.rules.iter().position(|rule| rule.id == id).ok_or_else(unknown)?;
-        Ok(self.rules.remove(at))
+        let at = self.by_id.get(id).copied().ok_or_else(unknown)?;
+        let rule = self.rules.remove(at);
+        self.by_id.remove(id);
+        self.by_id.values_mut().filter(|other| **other > at).for_each(|other| *other -= 1);
+        Ok(rule)
     }
 
     /// Becomes the set of these rules and says what that changed.
@@ -189,11 +220,16 @@ pub fn validate(rules: &[Rule]) -> Result<(), SetError> {
     rules.iter().try_for_each(check_rule)?;
     check_matches(rules)?;
     check_ids(rules)?;
-    check_shapes(rules)?;
-    match cycle::find(rules) {
-        Some(circle) => Err(circle_error(rules, &circle)),
-        None => Ok(()),
-    }
+    check_shapes(rules.iter())?;
+    check_circles(rules)
+}
+
+fn index(rules: &[Rule]) -> HashMap<String, usize> {
+    rules.iter().enumerate().map(|(at, rule)| (rule.id.clone(), at)).collect()
+}
+
+fn check_circles(rules: &[Rule]) -> Result<(), SetError> {
+    cycle::find(rules).map_or(Ok(()), |circle| Err(circle_error(rules, &circle)))
 }
 
 fn check_rule(rule: &Rule) -> Result<(), SetError> {
@@ -245,7 +281,7 @@ pub fn shape(matching: &super::Match) -> Shape {
     }
 }
 
-fn check_shapes(rules: &[Rule]) -> Result<(), SetError> {
+fn check_shapes<'a>(rules: impl Iterator<Item = &'a Rule>) -> Result<(), SetError> {
     let mut shapes: HashMap<&str, HashSet<Shape>> = HashMap::new();
     for rule in rules {
         shapes.entry(&rule.ingress).or_default().insert(shape(&rule.matching));

@@ -25,8 +25,8 @@ pub struct Slots {
 
 /// What the book has to know about the interfaces of a rule.
 pub trait World {
-    /// Index of an ingress interface.
-    fn ifindex(&self, name: &str) -> Option<u32>;
+    /// Index of a rule's ingress interface; `None` while it is missing.
+    fn ifindex(&self, rule: &Rule) -> Option<u32>;
     /// Port number and edit of an output, or why it can't send.
     fn output(&mut self, rule: &Rule, index: usize) -> OutputRecord;
     /// The relay's own addresses on its ingress interfaces.
@@ -102,7 +102,7 @@ impl Book {
         let kept = |rule: &Rule| {
             self.set.get(&rule.id).is_some_and(|old| old.ingress == rule.ingress && old.matching == rule.matching && old.path == rule.path)
         };
-        let gone: Vec<String> = self.slots.keys().filter(|id| !rules.iter().any(|rule| rule.id == **id && kept(rule))).cloned().collect();
+        let gone: Vec<String> = self.slots.keys().filter(|id| !next.set.get(id).is_some_and(kept)).cloned().collect();
         for id in gone {
             if let Some(slots) = next.slots.remove(&id) {
                 next.rule_slots.give_back(slots.slot);
@@ -149,7 +149,7 @@ impl Book {
             .filter(|rule| world.in_xdp(rule))
             .filter_map(|rule| {
                 let slots = self.slots.get(&rule.id)?;
-                let ifindex = world.ifindex(&rule.ingress)?;
+                let ifindex = world.ifindex(rule)?;
                 Some(CompileInput { ifindex, slot: slots.slot, serial: slots.serial, matching: &rule.matching })
             })
             .collect();
@@ -177,7 +177,7 @@ impl Book {
 
     fn record(&self, rule: &Rule, world: &mut dyn World) -> Option<SnapshotRule> {
         let slots = self.slots.get(&rule.id)?;
-        let ifindex = world.ifindex(&rule.ingress)?;
+        let ifindex = world.ifindex(rule)?;
         let outputs = slots.outputs.iter().enumerate().map(|(index, slot)| OutputRecord { slot: *slot, ..world.output(rule, index) });
         Some(SnapshotRule {
             record: RuleRecord { slot: slots.slot, serial: slots.serial, ifindex, ..match_record(&rule.matching) },

@@ -64,11 +64,19 @@ pub struct Set(u64);
 impl Set {
     /// No capability: what a worker has.
     pub const EMPTY: Self = Self(0);
-    /// What the supervisor keeps for life.
-    pub const SUPERVISOR: Self =
-        Self::of(&[Capability::Bpf, Capability::NetAdmin, Capability::NetRaw, Capability::SetUid, Capability::SetGid, Capability::Kill]);
-    /// What set-up needs besides; kept for life only where ports may have to be re-created.
-    pub const SET_UP: Self = Self::of(&[Capability::IpcLock, Capability::Perfmon]);
+    /// What the supervisor keeps for life. CAP_IPC_LOCK: when every AF_XDP interface is deleted and made again, no socket is left
+    /// that the UMEM is registered with, and it is registered anew.
+    pub const SUPERVISOR: Self = Self::of(&[
+        Capability::Bpf,
+        Capability::NetAdmin,
+        Capability::NetRaw,
+        Capability::SetUid,
+        Capability::SetGid,
+        Capability::Kill,
+        Capability::IpcLock,
+    ]);
+    /// What set-up needs besides.
+    pub const SET_UP: Self = Self::of(&[Capability::Perfmon]);
 
     /// The set of these.
     pub const fn of(capabilities: &[Capability]) -> Self {
@@ -168,9 +176,9 @@ mod tests {
 
     #[test]
     fn supervisor_set_is_the_one_of_decisions_6() {
-        let names = ["CAP_KILL", "CAP_SETGID", "CAP_SETUID", "CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_BPF"];
+        let names = ["CAP_KILL", "CAP_SETGID", "CAP_SETUID", "CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_IPC_LOCK", "CAP_BPF"];
         assert_eq!(Set::SUPERVISOR.names(), names);
-        assert_eq!(Set::SET_UP.names(), ["CAP_IPC_LOCK", "CAP_PERFMON"]);
+        assert_eq!(Set::SET_UP.names(), ["CAP_PERFMON"]);
         assert_eq!(Set(1 << 21).names(), ["cap_21"]);
         assert!(Set::EMPTY.names().is_empty());
     }

@@ -10,9 +10,11 @@ use super::fleet::Fleet;
 use super::interfaces::{Interface, Interfaces};
 use super::joins::{Holders, Joins};
 use super::locks::Lock;
-use super::netlink::Watch;
+use super::loops::Loops;
+use super::netlink::{Event, Watch};
 use super::options::{BackendChoice, Options};
 use super::ports::{self, Ports, Way};
+use super::queries::Queries;
 use super::update::Update;
 use super::view::View;
 use crate::control::message::{Request, Response};
@@ -28,7 +30,7 @@ use crate::sys::process;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
@@ -36,6 +38,8 @@ use std::time::{Duration, Instant};
 const LOOK_PERIOD: Duration = Duration::from_millis(50);
 /// The same while an update or a stop is under way.
 const BUSY_PERIOD: Duration = Duration::from_millis(1);
+/// Between two looks for packets that come round.
+const LOOPS_PERIOD: Duration = Duration::from_secs(1);
 /// A stop takes no longer than this; what is left is killed.
 const STOP_LIMIT: Duration = Duration::from_millis(900);
 /// News of the kernel are gathered for so long before the rules are planned again.
@@ -54,6 +58,7 @@ pub struct Supervisor {
     pub(super) locks: Vec<(u32, Lock)>,
     pub(super) joins: Joins,
     pub(super) holders: Holders,
+    pub(super) queries: Queries,
     pub(super) program: Option<Program>,
     pub(super) no_program: String,
     pub(super) umems: Vec<Umem>,
@@ -73,7 +78,13 @@ pub struct Supervisor {
     pub(super) live: bool,
     pub(super) announced: bool,
     pub(super) fatal: Option<RunError>,
-    replan_at: Option<Instant>,
+    pub(super) replan_at: Option<Instant>,
+    /// Indices of interfaces that the kernel has said are gone, since the last look.
+    pub(super) gone: BTreeSet<u32>,
+    /// SIGHUP came.
+    reload_due: bool,
+    pub(super) loops: Loops,
+    loops_at: Instant,
     stopping: bool,
     signals: SignalFd,
 }
@@ -152,6 +163,7 @@ impl Supervisor {
             locks: Vec::new(),
             joins: Joins::new(),
             holders: Holders::new(),
+            queries: Queries::open().map_err(failed("raw socket for membership queries"))?,
             program,
             no_program,
             umems,
@@ -171,6 +183,10 @@ impl Supervisor {
             announced: false,
             fatal: None,
             replan_at: None,
+            gone: BTreeSet::new(),
+            reload_due: false,
+            loops: Loops::default(),
+            loops_at: Instant::now(),
             stopping: false,
             signals,
         };
@@ -185,6 +201,7 @@ impl Supervisor {
             self.fleet.start_due(now, &self.ports, &self.locks)?;
             self.wait(now);
             self.signals();
+            self.reload();
             self.serve();
             self.news();
             self.fleet.read_logs();
@@ -192,6 +209,10 @@ impl Supervisor {
             self.advance();
             self.run_deferred(Instant::now());
             self.replan();
+            if now >= self.loops_at {
+                self.loops_at = now + LOOPS_PERIOD;
+                self.look_for_loops(now);
+            }
             if let Some(error) = self.fatal.take() {
                 self.stop();
                 return Err(error);
@@ -207,8 +228,12 @@ impl Supervisor {
             bound = bound.min(at.saturating_duration_since(now));
         }
         let fixed: [BorrowedFd<'_>; 3] = [self.signals.as_fd(), self.server.as_fd(), self.watch.as_fd()];
-        let mut polled: Vec<PollFd<'_>> =
-            fixed.into_iter().chain(self.fleet.descriptors()).map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        let mut polled: Vec<PollFd<'_>> = fixed
+            .into_iter()
+            .chain(self.queries.descriptors())
+            .chain(self.fleet.descriptors())
+            .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
+            .collect();
         // EINTR is a short wait.
         let _ = poll(&mut polled, PollTimeout::try_from(bound).unwrap_or(PollTimeout::ZERO));
     }
@@ -216,7 +241,7 @@ impl Supervisor {
     fn signals(&mut self) {
         while let Ok(Some(signal)) = self.signals.read_signal() {
             match Signal::try_from(signal.ssi_signo as i32) {
-                Ok(Signal::SIGHUP) => self.reload(),
+                Ok(Signal::SIGHUP) => self.reload_due = true,
                 Ok(signal) => {
                     tracing::info!(%signal, "stopping");
                     self.stopping = true;
@@ -226,10 +251,20 @@ impl Supervisor {
         }
     }
 
+    /// Makes the running set equal to the config file and `--rule` (SIGHUP), once no other change is under way.
     fn reload(&mut self) {
-        match load(&self.options).and_then(|set| self.begin(set, None, Response::Done(String::new()))) {
-            Ok(()) => tracing::info!("configuration read again"),
-            Err(error) => tracing::error!(%error, "configuration refused, nothing changed"),
+        if !self.reload_due || self.update.is_some() || !self.announced {
+            return;
+        }
+        self.reload_due = false;
+        let loaded = load(&self.options);
+        let outcome = loaded.and_then(|set| {
+            let change = self.book.set.diff(&set);
+            tracing::info!(added = change.added.len(), changed = change.changed.len(), removed = ?change.removed, "configuration read again");
+            if change.is_empty() { Ok(()) } else { self.begin(set, None, Response::Done(String::new())) }
+        });
+        if let Err(error) = outcome {
+            tracing::error!(%error, "configuration refused, nothing changed");
         }
     }
 
@@ -293,12 +328,18 @@ impl Supervisor {
     }
 
     fn news(&mut self) {
-        if !self.watch.drain().is_empty() {
+        self.queries.drain(Instant::now());
+        let events = self.watch.drain();
+        self.gone.extend(events.iter().filter_map(|event| match event {
+            Event::LinkGone { ifindex, .. } => Some(*ifindex),
+            _ => None,
+        }));
+        if !events.is_empty() {
             self.replan_at.get_or_insert_with(|| Instant::now() + NEWS_DELAY);
         }
     }
 
-    /// Plans the outputs again after news of the kernel; publishes only if something is different.
+    /// Plans again after news of the kernel; publishes only if something is different.
     fn replan(&mut self) {
         if self.update.is_some() || !self.announced || self.replan_at.is_none_or(|at| Instant::now() < at) {
             return;
@@ -310,14 +351,34 @@ impl Supervisor {
         }
         let Ok(known) = ports::known(&mut self.interfaces) else { return };
         self.known = known;
+        let needs = ports::needs(self.book.set.rules(), &self.options);
+        let followed = match self.ports.differ(&needs, &self.known, &self.gone, Instant::now()) {
+            true => self.follow_interfaces(),
+            false => self.replan_outputs(),
+        };
+        self.gone.clear();
+        if let Err(error) = followed {
+            tracing::error!(%error, "planning again");
+            self.replan_at = Some(Instant::now() + ports::REFUSED_RETRY);
+        }
+        self.replan_at = match (self.replan_at, self.ports.next_retry()) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        };
+    }
+
+    /// Interfaces are the ones they were; addresses, states, neighbours may be others.
+    fn replan_outputs(&mut self) -> Result<(), RunError> {
+        self.ports.refresh(&self.known);
         let mut view = View::new(&self.ports, &self.known, &mut self.interfaces);
         let snapshot = self.book.snapshot(self.epoch + 1, &mut view, None);
-        if snapshot.rules != self.published.rules || snapshot.own != self.published.own {
-            tracing::info!(epoch = snapshot.epoch, "interfaces or neighbours changed: outputs planned again");
-            if let Err(error) = self.put_in_force(snapshot) {
-                tracing::error!(%error, "planning again");
-            }
+        let set = self.book.set.clone();
+        self.set_joins(set.rules());
+        if snapshot.rules == self.published.rules && snapshot.own == self.published.own {
+            return Ok(());
         }
+        tracing::info!(epoch = snapshot.epoch, "interfaces or neighbours changed: outputs planned again");
+        self.put_in_force(snapshot)
     }
 
     /// Detach, drain, stop, join (every wait bounded).

@@ -7,7 +7,7 @@
 use std::io;
 use std::mem::size_of;
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// `struct sockaddr_storage` holding a `sockaddr_in` or a `sockaddr_in6`.
 #[repr(C, align(8))]
@@ -97,6 +97,42 @@ pub(super) fn refuse_all(socket: BorrowedFd<'_>) -> io::Result<()> {
     let mut ret_0 = [libc::sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: 0 }];
     let program = libc::sock_fprog { len: 1, filter: ret_0.as_mut_ptr() };
     set_option(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
+}
+
+/// A raw socket of this protocol that does not block.
+fn raw_socket(family: i32, protocol: i32) -> io::Result<OwnedFd> {
+    // SAFETY: numbers only.
+    let fd = unsafe { libc::socket(family, libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK, protocol) };
+    check(fd)?;
+    // SAFETY: the call has just made this descriptor, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A socket that gets IGMP membership queries (type 0x11, RFC 2236 §2.1) and nothing else.
+pub(super) fn igmp_queries() -> io::Result<OwnedFd> {
+    let socket = raw_socket(libc::AF_INET, libc::IPPROTO_IGMP)?;
+    let line = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+    let mut lines = [
+        line(libc::BPF_LDX | libc::BPF_B | libc::BPF_MSH, 0, 0, 0),
+        line(libc::BPF_LD | libc::BPF_B | libc::BPF_IND, 0, 0, 0),
+        line(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, 0x11),
+        line(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
+        line(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+    ];
+    let program = libc::sock_fprog { len: lines.len() as u16, filter: lines.as_mut_ptr() };
+    set_option(socket.as_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)?;
+    Ok(socket)
+}
+
+/// A socket that gets MLD queries (ICMPv6 type 130, RFC 3810 §5.1) and nothing else.
+pub(super) fn mld_queries() -> io::Result<OwnedFd> {
+    /// `ICMP6_FILTER` (RFC 3542 §3.2): a bit set refuses a type.
+    const ICMP6_FILTER: i32 = 1;
+    let socket = raw_socket(libc::AF_INET6, libc::IPPROTO_ICMPV6)?;
+    let mut refused = [u32::MAX; 8];
+    refused[130 / 32] &= !(1 << (130 % 32));
+    set_option(socket.as_fd(), libc::IPPROTO_ICMPV6, ICMP6_FILTER, &refused)?;
+    Ok(socket)
 }
 
 /// `SIOCETHTOOL` (linux/sockios.h).

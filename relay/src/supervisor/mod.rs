@@ -13,12 +13,14 @@ pub mod interfaces;
 pub mod joins;
 mod kernel;
 pub mod locks;
+pub mod loops;
 pub mod netlink;
 #[cfg(test)]
 mod netns;
 pub mod next_hop;
 pub mod options;
 pub mod ports;
+pub mod queries;
 pub mod report;
 pub mod update;
 pub mod view;

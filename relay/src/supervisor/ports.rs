@@ -6,17 +6,22 @@
 use super::error::{DEGRADED, RunError};
 use super::interfaces::{Interface, Interfaces};
 use super::options::{BackendChoice, Options, XdpMode, ZeroCopyChoice};
+use crate::frame::FRAME_SIZE;
 use crate::nic::afpacket::socket::{self as packet_socket, Fanout, FanoutMode};
 use crate::nic::afxdp::create::{RingSizes, SocketSpec, create};
+use crate::nic::afxdp::ledger::PortLedger;
 use crate::nic::afxdp::program::{Mode, Program, ProgramError, socket_index};
 use crate::plan::counters::MAX_PORTS;
 use crate::plan::manifest::{PortKind, PortManifest};
 use crate::rule::{EngineChoice, PathChoice, Rule};
-use crate::sys::xdp::BindFlags;
+use crate::sys::xdp::{self, BindFlags};
 use crate::worker::partition::{self, Scheme};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
+/// An interface that was refused is tried again after this time.
+pub(super) const REFUSED_RETRY: Duration = Duration::from_secs(1);
 /// Largest packet (IP header on) that one frame holds behind the headroom with two tags.
 const MAX_SINGLE_MTU: u32 = crate::frame::FRAME_CAPACITY - 22;
 
@@ -36,6 +41,8 @@ pub struct PortSockets {
     pub receive: OwnedFd,
     /// The sending AF_PACKET socket.
     pub send: Option<OwnedFd>,
+    /// A look at the rings, taken while they can be mapped: which frames are in them when the interface is gone.
+    pub ledger: Option<PortLedger>,
 }
 
 /// One port.
@@ -59,8 +66,22 @@ pub struct Port {
     pub sockets: Vec<PortSockets>,
     /// Whether our program is on the interface.
     pub attached: bool,
-    /// AF_PACKET packets the kernel dropped, accumulated (the kernel's counter resets when it is read).
-    pub packet_drops: u64,
+    /// Its interface is gone; the sockets go as soon as the workers have taken their frames back.
+    pub retired: bool,
+    /// What sockets that are gone had dropped: without a free frame, with a full ring.
+    pub past_drops: [u64; 2],
+}
+
+impl Port {
+    /// Whether its interface is another one by now, or none.
+    fn is_stale(&self, known: &BTreeMap<String, Interface>, gone: &BTreeSet<u32>) -> bool {
+        gone.contains(&self.facts.ifindex) || known.get(&self.name).is_none_or(|facts| facts.ifindex != self.facts.ifindex)
+    }
+
+    /// Whether it can receive and send: its interface is there, and so are its sockets.
+    pub fn is_live(&self) -> bool {
+        !self.retired && !self.sockets.is_empty()
+    }
 }
 
 /// All ports, by number.
@@ -68,6 +89,10 @@ pub struct Port {
 pub struct Ports {
     list: Vec<Port>,
     sizes: Option<RingSizes>,
+    /// Interfaces that are there and could not be opened, why not, and when they were last tried.
+    refused: BTreeMap<(String, Way), (String, Instant)>,
+    /// How often ports have been let go of.
+    burials: u32,
 }
 
 /// What a set of rules needs of an interface.
@@ -94,13 +119,16 @@ pub fn egress_capacity(frames: u32, split: bool) -> u32 {
     if split { sizes.rx } else { sizes.tx }
 }
 
-/// What a port was before a change: its use, whether our program was on it, rung and reason.
-pub type Mark = (Use, bool, &'static str, String);
+/// What a port was before a change: its use, whether our program was on it, rung and reason, whether it had sockets.
+pub type Mark = (Use, bool, &'static str, String, bool);
 
 impl Ports {
     /// For [`Maker::roll_back`].
     pub fn mark(&self) -> Vec<Mark> {
-        let mark = |port: &Port| (Use { ingress: port.ingress, egress: port.egress }, port.attached, port.backend, port.reason.clone());
+        let mark = |port: &Port| {
+            let used = Use { ingress: port.ingress, egress: port.egress };
+            (used, port.attached, port.backend, port.reason.clone(), !port.sockets.is_empty())
+        };
         self.list.iter().map(mark).collect()
     }
 
@@ -109,9 +137,72 @@ impl Ports {
         &self.list
     }
 
-    /// All ports, to note what becomes of them.
-    pub fn list_mut(&mut self) -> &mut [Port] {
-        &mut self.list
+    /// Drops the sockets of ports whose frames the workers have taken back. Returns whether there were any.
+    pub fn bury(&mut self) -> bool {
+        let mut any = false;
+        for port in self.list.iter_mut().filter(|port| port.retired) {
+            port.sockets.clear();
+            (port.retired, port.backend, port.reason) = (false, "none", "the interface is missing".into());
+            any = true;
+        }
+        any
+    }
+
+    /// Whether interfaces went away, or came that rules wait for.
+    pub fn differ(
+        &self,
+        needs: &BTreeMap<(String, Way), Use>,
+        known: &BTreeMap<String, Interface>,
+        gone: &BTreeSet<u32>,
+        now: Instant,
+    ) -> bool {
+        let waits = |(name, way): &(String, Way)| {
+            let due = self.refused.get(&(name.clone(), *way)).is_none_or(|(_, tried)| now >= *tried + REFUSED_RETRY);
+            due && known.get(name).is_some_and(|facts| facts.up) && !self.is_served(name, *way)
+        };
+        self.list.iter().any(|port| port.retired || port.is_live() && port.is_stale(known, gone)) || needs.keys().any(waits)
+    }
+
+    /// Whether an interface has a port for this way, or for the rung below.
+    fn is_served(&self, name: &str, way: Way) -> bool {
+        self.list.iter().any(|port| port.name == name && port.is_live() && (port.way == way || port.way == Way::Packet))
+    }
+
+    /// When a refused interface is to be tried again.
+    pub fn next_retry(&self) -> Option<Instant> {
+        self.refused.values().map(|(_, tried)| *tried + REFUSED_RETRY).min()
+    }
+
+    /// Forgets refusals of interfaces that are not needed any more, or went away.
+    pub fn forget_refused(&mut self, needs: &BTreeMap<(String, Way), Use>, known: &BTreeMap<String, Interface>) {
+        self.refused.retain(|key, _| needs.contains_key(key) && known.contains_key(&key.0));
+    }
+
+    /// Whether an interface had a port once, or was refused one: then it is no news that it can't have one.
+    fn was_there(&self, key: &(String, Way)) -> bool {
+        self.refused.contains_key(key) || self.list.iter().any(|port| port.name == key.0)
+    }
+
+    /// Why an interface has no port now.
+    pub fn why_not(&self, name: &str, known: &BTreeMap<String, Interface>) -> Option<String> {
+        if self.list.iter().any(|port| port.name == name && port.is_live()) {
+            return None;
+        }
+        let refused = self.refused.iter().find(|((refused, _), _)| refused == name).map(|(_, (why, _))| why.clone());
+        Some(match known.get(name) {
+            None => format!("interface {name} is missing"),
+            Some(facts) if !facts.up => format!("interface {name} is down"),
+            Some(_) => refused.unwrap_or_else(|| format!("interface {name} is being opened")),
+        })
+    }
+
+    /// Takes over what the kernel says of interfaces that are still the same.
+    pub fn refresh(&mut self, known: &BTreeMap<String, Interface>) {
+        for port in self.list.iter_mut().filter(|port| port.is_live()) {
+            if let Some(facts) = known.get(&port.name).filter(|facts| facts.ifindex == port.facts.ifindex) {
+                port.facts = facts.clone();
+            }
+        }
     }
 
     /// The port of an interface driven in this way.
@@ -134,21 +225,25 @@ impl Ports {
     /// Ports as a worker's manifest lists them.
     pub fn manifest(&self, worker: usize, frames: u32) -> Vec<PortManifest> {
         let sizes = self.sizes.unwrap_or_else(|| ring_sizes(frames));
-        let receiving = self.list.iter().filter(|port| port.ingress && port.way == Way::Xsk).count().max(1) as u32;
+        let receiving = self.list.iter().filter(|port| port.ingress && port.way == Way::Xsk && port.is_live()).count().max(1) as u32;
         let depth = (sizes.fill / receiving).max(64);
         self.list
             .iter()
-            .filter_map(|port| {
-                let sockets = port.sockets.get(worker)?;
-                Some(PortManifest {
+            .map(|port| {
+                let sockets = port.sockets.get(worker).filter(|_| port.is_live());
+                PortManifest {
                     name: port.name.clone(),
                     ifindex: port.facts.ifindex,
                     queue: worker as u32,
-                    kind: if port.way == Way::Xsk { PortKind::Xsk } else { PortKind::Packet },
+                    kind: match (sockets, port.way) {
+                        (None, _) => PortKind::Absent,
+                        (_, Way::Xsk) => PortKind::Xsk,
+                        (_, Way::Packet) => PortKind::Packet,
+                    },
                     ingress: port.ingress,
                     egress: port.egress,
-                    receive_fd: sockets.receive.as_raw_fd(),
-                    send_fd: sockets.send.as_ref().map_or(-1, AsRawFd::as_raw_fd),
+                    receive_fd: sockets.map_or(-1, |sockets| sockets.receive.as_raw_fd()),
+                    send_fd: sockets.and_then(|sockets| sockets.send.as_ref()).map_or(-1, AsRawFd::as_raw_fd),
                     sizes,
                     depth: if !port.ingress {
                         0
@@ -157,14 +252,28 @@ impl Ports {
                     } else {
                         256
                     },
-                })
+                }
             })
             .collect()
     }
 
+    /// Frames of a worker in the rings of interfaces that are gone, as the manifest has them, and the number of that burial. To be
+    /// asked while the worker is dead.
+    pub fn orphans(&self, worker: usize, frames: u32) -> (Vec<u64>, u32) {
+        let mut bits = Vec::new();
+        let ledgers = self.list.iter().filter(|port| port.retired).filter_map(|port| port.sockets.get(worker)?.ledger.as_ref());
+        for frame in ledgers.flat_map(PortLedger::addresses).map(|address| address / u64::from(FRAME_SIZE)) {
+            bits.resize(bits.len().max((frames as usize).div_ceil(64)), 0);
+            if let Some(word) = bits.get_mut(frame as usize / 64) {
+                *word |= 1 << (frame % 64);
+            }
+        }
+        (bits, self.burials)
+    }
+
     /// Descriptors a worker inherits.
     pub fn descriptors(&self, worker: usize) -> impl Iterator<Item = i32> + '_ {
-        let sockets = self.list.iter().filter_map(move |port| port.sockets.get(worker));
+        let sockets = self.list.iter().filter(|port| port.is_live()).filter_map(move |port| port.sockets.get(worker));
         sockets.flat_map(|sockets| [Some(sockets.receive.as_raw_fd()), sockets.send.as_ref().map(AsRawFd::as_raw_fd)]).flatten()
     }
 }
@@ -194,19 +303,12 @@ pub fn needs(rules: &[Rule], options: &Options) -> BTreeMap<(String, Way), Use> 
     needs
 }
 
-/// Interfaces that rules name must be there.
-pub fn check_interfaces(rules: &[Rule], known: &BTreeMap<String, Interface>) -> Result<(), RunError> {
-    for rule in rules {
-        let named = std::iter::once(("ingress", &rule.ingress)).chain(rule.outputs.iter().map(|output| ("egress", &output.egress)));
-        for (field, name) in named {
-            if !known.contains_key(name) {
-                let names: Vec<&str> = known.keys().map(String::as_str).collect();
-                let hint = format!("interfaces here are {}; see `ip link`", names.join(", "));
-                return Err(RunError::bad(field, format!("no interface {name} (rule {})", rule.id), hint));
-            }
-        }
-    }
-    Ok(())
+/// Interfaces that rules name and that are not there: the rules wait for them.
+pub fn missing<'a>(rules: &'a [Rule], known: &BTreeMap<String, Interface>) -> BTreeMap<&'a str, &'a str> {
+    let named = rules.iter().flat_map(|rule| {
+        std::iter::once(&rule.ingress).chain(rule.outputs.iter().map(|output| &output.egress)).map(|name| (name.as_str(), rule.id.as_str()))
+    });
+    named.filter(|(name, _)| !known.contains_key(*name)).collect()
 }
 
 /// What the language allows and this build can't do yet is refused, never quietly done another way.
@@ -222,27 +324,55 @@ pub fn check_supported(rules: &[Rule], options: &Options) -> Result<(), RunError
         if rule.engine == EngineChoice::Coalesce {
             return missing("engine", &format!("engine=coalesce (rule {})", rule.id), "use engine=auto");
         }
-        if rule.outputs.iter().any(|output| output.rate.is_some()) {
-            return missing("rate", &format!("rate= (rule {})", rule.id), "leave it out");
-        }
     }
     Ok(())
 }
 
 impl Maker<'_> {
-    /// Makes what is missing of `needs`. Returns whether any port is new or is used in a new way (workers have to be
-    /// replaced then). After an error [`Maker::roll_back`] drops what was made meanwhile.
+    /// Makes what is missing of `needs` where the interface is there and up; the rules of the others wait. Returns whether any
+    /// port is new, goes, or is used in a new way (workers have to be replaced then). After an error [`Maker::roll_back`] drops
+    /// what was made meanwhile. Unless `strict`, and for interfaces that were refused before, a refusal is no error but noted.
     pub fn ensure(
         &mut self,
         ports: &mut Ports,
         needs: &BTreeMap<(String, Way), Use>,
         known: &BTreeMap<String, Interface>,
+        strict: bool,
     ) -> Result<bool, RunError> {
-        let mut changed = false;
+        let mut changed = ports.list.iter().any(|port| port.retired);
         for ((name, way), used) in needs {
-            changed |= self.ensure_one(ports, name, *way, *used, known)?;
+            let key = (name.clone(), *way);
+            let Some(facts) = known.get(name).filter(|facts| facts.up) else { continue };
+            match self.ensure_one(ports, facts, *way, *used) {
+                Ok(new) => {
+                    changed |= new;
+                    ports.refused.remove(&key);
+                }
+                Err(error) if strict && !ports.was_there(&key) => return Err(error),
+                Err(error) => {
+                    tracing::warn!(interface = %name, %error, "not opened, tried again every second");
+                    ports.refused.insert(key, (error.to_string(), Instant::now()));
+                }
+            }
         }
         Ok(changed)
+    }
+
+    /// Lets go of the ports whose interface is gone: detached, out of the tables; the sockets wait for the workers.
+    pub fn retire(&mut self, ports: &mut Ports, known: &BTreeMap<String, Interface>, gone: &BTreeSet<u32>) {
+        for (number, port) in ports.list.iter_mut().enumerate().filter(|(_, port)| port.is_live() && port.is_stale(known, gone)) {
+            tracing::warn!(interface = %port.name, ifindex = port.facts.ifindex, "interface is gone: its rules wait for it");
+            self.detach(port);
+            if let (true, Some(program)) = (port.attached, self.program.as_mut()) {
+                go_dark(program, number, port);
+            }
+            for statistics in port.sockets.iter().filter_map(|sockets| xdp::statistics(&sockets.receive).ok()) {
+                port.past_drops[0] += statistics.rx_dropped;
+                port.past_drops[1] += statistics.rx_ring_full;
+            }
+            (port.retired, port.attached) = (true, false);
+            ports.burials += 1;
+        }
     }
 
     /// Makes the ports what they were at `mark`.
@@ -250,46 +380,68 @@ impl Maker<'_> {
         for port in ports.list.drain(mark.len().min(ports.list.len())..) {
             self.detach(&port);
         }
-        for (port, (used, attached, backend, reason)) in ports.list.iter_mut().zip(mark) {
+        for (port, (used, attached, backend, reason, live)) in ports.list.iter_mut().zip(mark) {
             if port.attached && !attached {
                 self.detach(port);
                 (port.attached, port.backend, port.reason) = (false, backend, reason.clone());
+            }
+            if !live {
+                port.sockets.clear();
             }
             (port.ingress, port.egress) = (used.ingress, used.egress);
         }
     }
 
-    fn ensure_one(
-        &mut self,
-        ports: &mut Ports,
-        name: &str,
-        way: Way,
-        used: Use,
-        known: &BTreeMap<String, Interface>,
-    ) -> Result<bool, RunError> {
-        let facts = known.get(name).ok_or_else(|| RunError::bad("interface", format!("no interface {name}"), "see `ip link`"))?;
-        if let Some(port) = ports.list.iter_mut().find(|port| port.name == name && port.way == way) {
-            let new = (used.ingress && !port.ingress) || (used.egress && !port.egress);
-            if used.ingress && !port.ingress && way == Way::Xsk {
-                let attached = self.attach(facts).and_then(|rung| self.check_queues(facts).map(|()| rung));
-                (port.backend, port.reason) = attached.map_err(|error| self.refusal(error))?;
-                port.attached = true;
-            }
-            (port.ingress, port.egress) = (port.ingress || used.ingress, port.egress || used.egress);
-            return Ok(new);
+    fn ensure_one(&mut self, ports: &mut Ports, facts: &Interface, way: Way, used: Use) -> Result<bool, RunError> {
+        if facts.loopback || facts.mac.is_none() {
+            let hint = "the relay sends and receives Ethernet frames: use an interface with a MAC address (tap, veth, a NIC)";
+            return Err(RunError::bad("interface", format!("{} has no MAC address (tun, loopback)", facts.name), hint));
         }
-        if ports.list.len() >= MAX_PORTS {
+        let found = ports.list.iter().position(|port| port.name == facts.name && port.way == way);
+        if found.is_none() && ports.list.len() >= MAX_PORTS {
             return Err(RunError::bad("interface", format!("more than {MAX_PORTS} interfaces"), "use a second relay"));
+        }
+        match found.and_then(|at| ports.list.get_mut(at)) {
+            Some(port) if port.retired => return Ok(true),
+            Some(port) if port.is_live() => return self.widen(port, facts, used),
+            _ => {}
         }
         let port = match way {
             Way::Packet => self.packet_port(facts, used, "asked for by --backend packet or path=packet".into())?,
             Way::Xsk => self.xsk_or_packet(ports, facts, used)?,
         };
-        if ports.list.iter().any(|other| other.name == port.name && other.way == port.way) {
-            return Ok(false);
+        let found = ports.list.iter_mut().find(|other| other.name == port.name && other.way == port.way);
+        match found {
+            Some(other) if other.is_live() || other.retired => {
+                // Driven by the rung below already.
+                let new = (used.ingress && !other.ingress) || (used.egress && !other.egress);
+                (other.ingress, other.egress) = (other.ingress || used.ingress, other.egress || used.egress);
+                return Ok(new);
+            }
+            Some(absent) => {
+                tracing::info!(interface = %port.name, ifindex = port.facts.ifindex, "interface is back");
+                *absent = Port {
+                    past_drops: absent.past_drops,
+                    ingress: port.ingress || absent.ingress,
+                    egress: port.egress || absent.egress,
+                    ..port
+                };
+            }
+            None => ports.list.push(port),
         }
-        ports.list.push(port);
         Ok(true)
+    }
+
+    /// Uses a live port in further ways.
+    fn widen(&mut self, port: &mut Port, facts: &Interface, used: Use) -> Result<bool, RunError> {
+        let new = (used.ingress && !port.ingress) || (used.egress && !port.egress);
+        if used.ingress && !port.ingress && port.way == Way::Xsk {
+            let attached = self.attach(facts).and_then(|rung| self.check_queues(facts).map(|()| rung));
+            (port.backend, port.reason) = attached.map_err(|error| self.refusal(error))?;
+            port.attached = true;
+        }
+        (port.ingress, port.egress) = (port.ingress || used.ingress, port.egress || used.egress);
+        Ok(new)
     }
 
     /// AF_XDP, or the rung below where that was not insisted on (DECISIONS §13).
@@ -371,13 +523,14 @@ impl Maker<'_> {
         let mut sockets = Vec::new();
         for (worker, umem) in self.umems.iter().enumerate() {
             let spec = SocketSpec { ifindex: facts.ifindex, queue: worker as u32, sizes, flags };
-            let first = ports.list.iter().find(|port| port.way == Way::Xsk).and_then(|port| port.sockets.get(worker));
+            let first = ports.list.iter().find(|port| port.way == Way::Xsk && port.is_live()).and_then(|port| port.sockets.get(worker));
             match create(umem, spec, first.map(|first| &first.receive)) {
                 Ok(socket) => {
                     if socket.zero_copy {
                         backend = "af_xdp_zero_copy";
                     }
-                    sockets.push(PortSockets { receive: socket.fd, send: None });
+                    let ledger = PortLedger::open(&socket.fd, sizes).map_err(|error| ProgramError::Diagnostics(error.to_string()))?;
+                    sockets.push(PortSockets { receive: socket.fd, send: None, ledger: Some(ledger) });
                 }
                 Err(error) => {
                     if used.ingress {
@@ -398,7 +551,8 @@ impl Maker<'_> {
             egress: used.egress,
             sockets,
             attached: used.ingress,
-            packet_drops: 0,
+            retired: false,
+            past_drops: [0; 2],
         })
     }
 
@@ -413,7 +567,7 @@ impl Maker<'_> {
         for _ in 0..workers {
             let receive = packet_socket::open_receive(facts.ifindex, &[], fanout).map_err(failed)?;
             let send = packet_socket::open_send(facts.ifindex).map_err(failed)?;
-            sockets.push(PortSockets { receive, send: Some(send) });
+            sockets.push(PortSockets { receive, send: Some(send), ledger: None });
         }
         Ok(Port {
             name: facts.name.clone(),
@@ -425,7 +579,8 @@ impl Maker<'_> {
             egress: used.egress,
             sockets,
             attached: false,
-            packet_drops: 0,
+            retired: false,
+            past_drops: [0; 2],
         })
     }
 }

@@ -6,6 +6,7 @@ use super::book::Slots;
 use super::capabilities;
 use super::engine::Supervisor;
 use super::error::RunError;
+use super::loops::Sight;
 use super::ports::{Port, Way};
 use super::update::join_of;
 use crate::control::message::{
@@ -15,11 +16,13 @@ use crate::nic::afpacket::Reason;
 use crate::plan::counters::{Counter, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx};
 use crate::plan::fate::{DropReason, OutputDropReason};
 use crate::plan::status::{PORT_DOWN, PORT_GONE, RUNG_PLAIN, SendReport};
+use crate::plan::records::SnapshotRule;
 use crate::rule::set::{RuleSet, SetDiff};
-use crate::rule::{Output, Rule};
+use crate::rule::{Output, Rule, Ttl};
 use crate::sys::xdp;
 use relay_common::XdpCounter;
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 /// What `apply` changes: whole rules, so that the lines can be read, compared and applied again.
 pub fn changes(old: &RuleSet, change: &SetDiff) -> Changes {
@@ -80,6 +83,14 @@ impl Supervisor {
             .into(),
             refused: sends.iter().map(|report| report.refused).sum(),
             kick_errors: sends.iter().map(|report| report.kick_errors).sum(),
+            link: match () {
+                () if !port.is_live() => "missing",
+                () if !port.facts.up => "down",
+                () if !port.facts.carrier => "no_carrier",
+                () => "up",
+            }
+            .into(),
+            mtu: port.facts.mtu,
         }
     }
 
@@ -108,27 +119,75 @@ impl Supervisor {
 
     /// `relay rule list`.
     pub fn rule_list(&self) -> Vec<RuleInfo> {
-        self.book.set.rules().iter().map(|rule| self.rule_info(rule)).collect()
+        let published: BTreeMap<u32, &SnapshotRule> = self.published.rules.iter().map(|rule| (rule.record.slot, rule)).collect();
+        self.book.set.rules().iter().map(|rule| self.rule_info(rule, &published)).collect()
     }
 
-    fn rule_info(&self, rule: &Rule) -> RuleInfo {
-        let found = self.ports.ingress(rule);
+    fn rule_info(&self, rule: &Rule, published: &BTreeMap<u32, &SnapshotRule>) -> RuleInfo {
+        let found = self.ports.ingress(rule).filter(|(_, port)| port.is_live());
         let port = found.map(|(_, port)| port);
         let (path, engine) = match found.map(|(number, port)| (port.way, number)) {
             Some((Way::Xsk, _)) => ("xsk", "tx"),
             Some((Way::Packet, number)) => ("packet", if self.is_plain(number) { "plain" } else { "uring" }),
             None => ("pending", ""),
         };
-        let ifindex = self.known.get(&rule.ingress).map(|interface| interface.ifindex);
+        let ifindex = port.map(|port| port.facts.ifindex);
         let joined = ifindex.and_then(|ifindex| join_of(rule, ifindex)).is_some_and(|join| self.joins.joined(&join));
         RuleInfo {
             id: rule.id.clone(),
             rule: rule.to_string(),
             path: path.into(),
             engine: engine.into(),
-            reason: port.map_or_else(|| format!("interface {} is missing", rule.ingress), |port| port.reason.clone()),
+            reason: match port {
+                Some(port) => port.reason.clone(),
+                None => self.ports.why_not(&rule.ingress, &self.known).unwrap_or_else(|| "the rule is being put in force".into()),
+            },
             joined,
+            query_age_ms: ifindex
+                .and_then(|ifindex| self.queries.last(ifindex, rule.matching.group.addr.is_ipv4()))
+                .map(|heard| heard.elapsed().as_millis() as u64),
+            pending: self.pending(rule, published),
+            loop_suspected: self.loops.suspects(&rule.id, Instant::now()),
         }
+    }
+
+    /// What outputs of the rule wait for, in words.
+    fn pending(&self, rule: &Rule, published: &BTreeMap<u32, &SnapshotRule>) -> Vec<String> {
+        let published = self.book.slots(&rule.id).and_then(|slots| published.get(&slots.slot));
+        let outputs = rule.outputs.iter().enumerate();
+        let waits = outputs.filter_map(|(index, output)| {
+            let reason = published?.outputs.get(index)?.blocked()?;
+            let why = self.ports.why_not(&output.egress, &self.known);
+            let why = why.unwrap_or_else(|| match reason {
+                OutputDropReason::NoNeighbor => "the next hop has no link-layer address yet (no route, or no answer)".into(),
+                _ => format!("interface {} is down, or has no address of this family yet", output.egress),
+            });
+            Some(format!("output {index}: {why}"))
+        });
+        waits.collect()
+    }
+
+    /// Rules some of whose packets expire while others go out.
+    pub fn look_for_loops(&mut self, now: Instant) {
+        let sights: Vec<(String, Sight)> =
+            self.book.set.rules().iter().filter_map(|rule| Some((rule.id.clone(), self.sight(rule)?))).collect();
+        for (id, sight) in &sights {
+            if self.loops.look(id, *sight, now) {
+                tracing::warn!(rule = %id, expired = sight.expired, "packets expire by TTL while others go out: does another relay send them back?");
+            }
+        }
+        let book = &self.book;
+        self.loops.retain(|id| book.set.get(id).is_some());
+    }
+
+    fn sight(&self, rule: &Rule) -> Option<Sight> {
+        let slots = self.book.slots(&rule.id)?;
+        let counted = |index| self.rule_counter(slots, index).packets;
+        let outputs = rule.outputs.iter().zip(&slots.outputs).filter(|(output, _)| output.ttl == Ttl::Dec);
+        Some(outputs.fold(Sight::default(), |sum, (_, slot)| Sight {
+            sent: sum.sent + counted(output_tx(*slot as usize)),
+            expired: sum.expired + counted(output_drop(*slot as usize, OutputDropReason::TtlExpired)),
+        }))
     }
 
     /// Sum of one counter over all workers whose slot holds this rule.
@@ -199,7 +258,11 @@ impl Supervisor {
             }
         }
         if port.way == Way::Xsk && port.ingress {
-            for statistics in port.sockets.iter().filter_map(|sockets| xdp::statistics(&sockets.receive).ok()) {
+            for (reason, packets) in [DropReason::FillEmpty, DropReason::RxRingFull].into_iter().zip(port.past_drops) {
+                add(&mut entry.drops, reason.name(), packets);
+                taken += packets;
+            }
+            for statistics in port.sockets.iter().filter(|_| !port.retired).filter_map(|sockets| xdp::statistics(&sockets.receive).ok()) {
                 add(&mut entry.drops, DropReason::FillEmpty.name(), statistics.rx_dropped);
                 add(&mut entry.drops, DropReason::RxRingFull.name(), statistics.rx_ring_full);
                 taken += statistics.rx_dropped + statistics.rx_ring_full;

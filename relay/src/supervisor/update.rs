@@ -58,10 +58,25 @@ impl Supervisor {
     pub fn begin(&mut self, set: RuleSet, client: Option<ClientToken>, answer: Response) -> Result<(), RunError> {
         self.known = ports::known(&mut self.interfaces)?;
         ports::check_supported(set.rules(), &self.options)?;
-        ports::check_interfaces(set.rules(), &self.known)?;
+        self.tell_of_missing(&set);
+        self.start_update(set, client, answer, true)
+    }
+
+    /// Interfaces went away or came back: lets go of the ports of those, makes ports for these, the rules stay as they are.
+    pub(super) fn follow_interfaces(&mut self) -> Result<(), RunError> {
+        let gone = std::mem::take(&mut self.gone);
+        let known = self.known.clone();
+        let (mut maker, ports) = self.maker();
+        maker.retire(ports, &known, &gone);
+        self.locks.retain(|(ifindex, _)| !gone.contains(ifindex) && known.values().any(|interface| interface.ifindex == *ifindex));
+        self.start_update(self.book.set.clone(), None, Response::Done(String::new()), false)
+    }
+
+    /// `strict`: what can't be opened is an error, not something to wait for.
+    fn start_update(&mut self, set: RuleSet, client: Option<ClientToken>, answer: Response, strict: bool) -> Result<(), RunError> {
         let locks = self.locks_for(set.rules())?;
         let mark = self.ports.mark();
-        let (book, compiled, changed) = match self.prepare(set) {
+        let (book, compiled, changed) = match self.prepare(set, strict) {
             Ok(prepared) => prepared,
             Err(error) => {
                 let (mut maker, ports) = self.maker();
@@ -80,11 +95,12 @@ impl Supervisor {
     }
 
     /// The ports, book and tables of a new set, and whether workers have to be replaced for it.
-    fn prepare(&mut self, set: RuleSet) -> Result<(Book, Compiled, bool), RunError> {
+    fn prepare(&mut self, set: RuleSet, strict: bool) -> Result<(Book, Compiled, bool), RunError> {
         let needs = ports::needs(set.rules(), &self.options);
         let known = self.known.clone();
         let (mut maker, ports) = self.maker();
-        let changed = maker.ensure(ports, &needs, &known)?;
+        let changed = maker.ensure(ports, &needs, &known, strict)?;
+        ports.forget_refused(&needs, &known);
         let book = self.book.with(set, self.epoch + 1)?;
         let mut view = View::new(&self.ports, &self.known, &mut self.interfaces);
         let compiled = book.compile(&view, &self.compiled)?;
@@ -93,11 +109,23 @@ impl Supervisor {
         Ok((book, compiled, changed))
     }
 
+    /// A rule whose interface is missing waits for it; said once, when it comes into the set.
+    fn tell_of_missing(&self, set: &RuleSet) {
+        for (interface, rule) in ports::missing(set.rules(), &self.known) {
+            if self.book.set.get(rule).is_none() {
+                let hint = crate::rule::error::nearest(interface, self.known.keys().map(String::as_str));
+                let hint = hint.map_or_else(|| "see `ip link`".to_owned(), |name| format!("did you mean {name}?"));
+                tracing::warn!(rule, interface, hint, "no such interface (yet): what needs it is pending");
+            }
+        }
+    }
+
     fn maker(&mut self) -> (Maker<'_>, &mut Ports) {
         let (options, program) = (&self.options, self.program.as_mut());
         (Maker { options, program, no_program: &self.no_program, umems: &self.umems }, &mut self.ports)
     }
 
+    /// Locks of ingress interfaces that are not held yet.
     fn locks_for(&self, rules: &[Rule]) -> Result<Vec<(u32, super::locks::Lock)>, RunError> {
         let wanted: BTreeSet<(u32, &str)> = rules
             .iter()
@@ -189,14 +217,16 @@ impl Supervisor {
     /// Hands every AF_XDP ingress port's queues to its sockets.
     fn take_live(&mut self) -> Result<(), RunError> {
         let Some(program) = self.program.as_mut() else { return Ok(()) };
-        for (number, port) in self.ports.list().iter().enumerate().filter(|(_, port)| port.ingress && port.way == Way::Xsk) {
+        let live = |port: &ports::Port| port.ingress && port.way == Way::Xsk && port.is_live();
+        for (number, port) in self.ports.list().iter().enumerate().filter(|(_, port)| live(port)) {
             ports::go_live(program, number, port).map_err(RunError::failure)?;
         }
         Ok(())
     }
 
     pub(super) fn set_joins(&mut self, rules: &[Rule]) {
-        let wanted: BTreeSet<Join> = rules.iter().filter_map(|rule| join_of(rule, self.known.get(&rule.ingress)?.ifindex)).collect();
+        let ifindex = |rule: &Rule| self.ports.ingress(rule).filter(|(_, port)| port.is_live()).map(|(_, port)| port.facts.ifindex);
+        let wanted: BTreeSet<Join> = rules.iter().filter_map(|rule| join_of(rule, ifindex(rule)?)).collect();
         for (join, error) in self.joins.set(&wanted) {
             tracing::warn!(group = %join.group, ifindex = join.ifindex, %error, "join refused");
         }
@@ -208,7 +238,9 @@ impl Supervisor {
         let mut held = BTreeSet::new();
         for rule in rules {
             let group = rule.matching.group.addr;
-            let Some((number, _)) = self.ports.ingress(rule).filter(|(_, port)| port.way == Way::Packet) else { continue };
+            let Some((number, _)) = self.ports.ingress(rule).filter(|(_, port)| port.way == Way::Packet && port.is_live()) else {
+                continue;
+            };
             let addresses = filters.entry(number).or_default();
             if !group.is_multicast() {
                 addresses.insert(group);
@@ -234,7 +266,7 @@ impl Supervisor {
             .list()
             .iter()
             .enumerate()
-            .filter(|(_, port)| port.way == Way::Xsk)
+            .filter(|(_, port)| port.way == Way::Xsk && port.is_live())
             .map(|(number, port)| (port.facts.ifindex, number as u32))
             .collect();
         let Some(program) = self.program.as_mut() else { return Ok(()) };
@@ -268,6 +300,9 @@ impl Supervisor {
     fn finish(&mut self, update: Update) {
         self.retire(&update.book);
         self.book = update.book;
+        self.ports.bury();
+        // What came meanwhile, and the second half of a change of interfaces: those that came back.
+        self.replan_at.get_or_insert_with(Instant::now);
         tracing::info!(rules = self.book.set.rules().len(), epoch = self.epoch, "rules in force");
         if let Some(client) = update.client {
             self.server.reply(client, &update.answer);

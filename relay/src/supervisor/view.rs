@@ -60,21 +60,29 @@ impl<'a> View<'a> {
 }
 
 impl World for View<'_> {
-    fn ifindex(&self, name: &str) -> Option<u32> {
-        self.known.get(name).map(|interface| interface.ifindex)
+    fn ifindex(&self, rule: &Rule) -> Option<u32> {
+        let (_, port) = self.ports.ingress(rule).filter(|(_, port)| port.is_live())?;
+        Some(port.facts.ifindex)
     }
 
     fn output(&mut self, rule: &Rule, index: usize) -> OutputRecord {
         let Some(output) = rule.outputs.get(index) else { return blocked(0, OutputDropReason::OutputDown) };
-        let Some((port, _)) = self.ports.egress(rule, &output.egress) else { return blocked(0, OutputDropReason::OutputDown) };
-        let port = port as u32;
-        let interface = match self.known.get(&output.egress) {
-            Some(interface) if interface.up && interface.mac.is_some() => interface.clone(),
+        let Some((number, port)) = self.ports.egress(rule, &output.egress) else { return blocked(0, OutputDropReason::OutputDown) };
+        let ifindex = port.is_live().then_some(port.facts.ifindex);
+        let (port, workers) = (number as u32, port.sockets.len() as u64);
+        let known: &BTreeMap<String, Interface> = self.known;
+        let interface = match known.get(&output.egress) {
+            Some(interface) if interface.up && interface.mac.is_some() && Some(interface.ifindex) == ifindex => interface,
             _ => return blocked(port, OutputDropReason::OutputDown),
         };
-        let facts = self.facts(rule, index, &interface);
+        let facts = self.facts(rule, index, interface);
         match edit_for(&rule.matching, output, &facts) {
-            Ok(edit) => OutputRecord { port, edit, ..OutputRecord::default() },
+            Ok(edit) => OutputRecord {
+                port,
+                edit,
+                gap: output.rate.map_or(0, |rate| OutputRecord::gap_of(rate, workers)),
+                ..OutputRecord::default()
+            },
             Err(pending) => blocked(port, pending.reason()),
         }
     }

@@ -4,7 +4,8 @@
 //! its seals, size and magic have been checked.
 
 use super::ledger::Ledger;
-use super::port::{AnyReceive, AnyTransmit};
+use super::orphans::{Orphans, OrphansError};
+use super::port::{AnyReceive, AnyTransmit, NoReceive};
 use crate::datapath::egress::{Egress, EgressBooks, EgressPort, PortState};
 use crate::datapath::ingress::{Ingress, IngressParts, IngressPort};
 use crate::datapath::journal::Journal;
@@ -74,6 +75,9 @@ pub enum BootError {
     /// A segment is too small.
     #[error(transparent)]
     Layout(#[from] OutOfMapping),
+    /// What is left of interfaces that are gone can't be told.
+    #[error(transparent)]
+    Orphans(#[from] OrphansError),
 }
 
 /// A worker that has everything but has not started.
@@ -96,6 +100,8 @@ pub struct Adopted {
     pub ledger: Ledger,
     /// EOF on it is the supervisor's death.
     pub life: OwnedFd,
+    /// Frames of interfaces that are gone.
+    pub orphans: Orphans,
 }
 
 /// Reads the environment of the process.
@@ -150,6 +156,7 @@ fn adopt(manifest: Manifest, orders: Orders, reports: Writer<FrameStats>) -> Res
     for (number, port) in manifest.ports.iter().enumerate() {
         parts.adopt_port(&work, &layout, number, port)?;
     }
+    let orphans = Orphans::new(&work, &layout, &manifest)?;
     let ledger = Ledger::new(&work, &layout, manifest.frame_count, parts.ledgers)?;
     let memory: Arc<dyn Memory> = Arc::<Mapping>::clone(&work);
     let ingress = Ingress::new(IngressParts {
@@ -166,7 +173,7 @@ fn adopt(manifest: Manifest, orders: Orders, reports: Writer<FrameStats>) -> Res
     let books = EgressBooks { counters: status.egress.clone(), ports: status.sends.clone() };
     let returns = Producer::attach(memory, layout.return_ring)?;
     let egress = Egress::new(Journal::attach(&work, layout.egress_journal)?, parts.transmit, returns, books);
-    Ok(Adopted { manifest, orders, status, reports, rules, ingress, egress, ledger, life })
+    Ok(Adopted { manifest, orders, status, reports, rules, ingress, egress, ledger, life, orphans })
 }
 
 /// Fills a fresh work segment; leaves one that a predecessor has used as it is, but for rings of ports it did not have.
@@ -207,6 +214,13 @@ impl Parts {
         let (receive, transmit) = match port.kind {
             PortKind::Xsk => self.adopt_xsk(port)?,
             PortKind::Packet => self.adopt_packet(port)?,
+            PortKind::Absent => {
+                if port.ingress {
+                    self.receive.push(IngressPort { receive: AnyReceive::Absent(NoReceive), number, ifindex: port.ifindex });
+                }
+                self.egress.push(None);
+                return Ok(());
+            }
         };
         let rung = if port.ingress { receive.rung() } else { transmit.rung() };
         if rung.rung == RUNG_PLAIN && rung != self.rungs.get(number) {

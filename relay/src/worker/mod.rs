@@ -7,6 +7,7 @@
 pub mod adopt;
 pub mod error;
 pub mod ledger;
+pub mod orphans;
 pub mod partition;
 pub mod port;
 pub mod recovery;

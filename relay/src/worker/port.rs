@@ -12,10 +12,58 @@ use arrayvec::ArrayVec;
 use nix::errno::Errno;
 use std::os::fd::{AsFd, BorrowedFd};
 
+/// The place of a port whose interface is missing, for the journal of a predecessor that had it. Never receives.
+#[derive(Debug)]
+pub struct NoReceive;
+
+impl Receive for NoReceive {
+    fn survives(&self) -> bool {
+        false
+    }
+
+    fn receive(&mut self, _: &Umem, _: usize, _: &mut Batch, _: &mut ArrayVec<Frame, BATCH_DESCS>) {}
+
+    fn release(&mut self) {}
+
+    fn taken(&self) -> u32 {
+        0
+    }
+
+    fn retake(&mut self, _: u32) {}
+
+    fn position(&self) -> u32 {
+        0
+    }
+
+    fn depth(&self) -> u32 {
+        0
+    }
+
+    fn standing(&self) -> u32 {
+        0
+    }
+
+    fn stage_refill(&mut self, _: &Umem, _: &Pool, _: u32) -> u32 {
+        0
+    }
+
+    fn refill_position(&self) -> u32 {
+        0
+    }
+
+    fn publish_refill(&mut self, _: u32) {}
+
+    fn counters(&self) -> ReceiveCounters {
+        ReceiveCounters::default()
+    }
+}
+
 /// Any receiving half.
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "a few values a process; a box would cost the AF_XDP path an indirection")]
 pub enum AnyReceive {
+    /// None, until the predecessor's work is finished.
+    Absent(NoReceive),
     /// AF_XDP.
     Xsk(XskReceive),
     /// AF_PACKET.
@@ -33,10 +81,11 @@ pub enum AnyTransmit {
 }
 
 macro_rules! each {
-    ($self:expr, $port:ident => $call:expr) => {
+    ($self:expr, $port:ident => $call:expr $(, $also:ident)*) => {
         match $self {
             Self::Xsk($port) => $call,
             Self::Packet($port) => $call,
+            $(Self::$also($port) => $call,)*
         }
     };
 }
@@ -45,14 +94,18 @@ impl AnyReceive {
     /// The rung it runs on.
     pub fn rung(&self) -> RungReport {
         match self {
-            Self::Xsk(_) => RungReport { rung: RUNG_XSK, errno: 0 },
+            Self::Absent(_) | Self::Xsk(_) => RungReport { rung: RUNG_XSK, errno: 0 },
             Self::Packet(port) => packet_rung(port.reason()),
         }
     }
 
-    /// What to poll for packets.
-    pub fn as_fd(&self) -> BorrowedFd<'_> {
-        each!(self, port => port.as_fd())
+    /// What to poll for packets; nothing where the interface is missing.
+    pub fn as_fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Absent(_) => None,
+            Self::Xsk(port) => Some(port.as_fd()),
+            Self::Packet(port) => Some(port.as_fd()),
+        }
     }
 
     /// Reads the counters that cost a system call, and returns all.
@@ -84,63 +137,63 @@ impl AnyTransmit {
 
 impl Receive for AnyReceive {
     fn survives(&self) -> bool {
-        each!(self, port => port.survives())
+        each!(self, port => port.survives(), Absent)
     }
 
     fn receive(&mut self, umem: &Umem, max: usize, batch: &mut Batch, spare: &mut ArrayVec<Frame, BATCH_DESCS>) {
-        each!(self, port => port.receive(umem, max, batch, spare));
+        each!(self, port => port.receive(umem, max, batch, spare), Absent);
     }
 
     fn release(&mut self) {
-        each!(self, port => port.release());
+        each!(self, port => port.release(), Absent);
     }
 
     fn taken(&self) -> u32 {
-        each!(self, port => port.taken())
+        each!(self, port => port.taken(), Absent)
     }
 
     fn retake(&mut self, count: u32) {
-        each!(self, port => port.retake(count));
+        each!(self, port => port.retake(count), Absent);
     }
 
     fn position(&self) -> u32 {
-        each!(self, port => port.position())
+        each!(self, port => port.position(), Absent)
     }
 
     fn standing(&self) -> u32 {
-        each!(self, port => port.standing())
+        each!(self, port => port.standing(), Absent)
     }
 
     fn stage_refill(&mut self, umem: &Umem, pool: &Pool, max: u32) -> u32 {
-        each!(self, port => port.stage_refill(umem, pool, max))
+        each!(self, port => port.stage_refill(umem, pool, max), Absent)
     }
 
     fn refill_position(&self) -> u32 {
-        each!(self, port => port.refill_position())
+        each!(self, port => port.refill_position(), Absent)
     }
 
     fn publish_refill(&mut self, count: u32) {
-        each!(self, port => port.publish_refill(count));
+        each!(self, port => port.publish_refill(count), Absent);
     }
 
     fn depth(&self) -> u32 {
-        each!(self, port => port.depth())
+        each!(self, port => port.depth(), Absent)
     }
 
     fn counters(&self) -> ReceiveCounters {
-        each!(self, port => port.counters())
+        each!(self, port => port.counters(), Absent)
     }
 
     fn stop(&mut self) -> Result<(), Errno> {
-        each!(self, port => port.stop())
+        each!(self, port => port.stop(), Absent)
     }
 
     fn is_stopped(&mut self) -> bool {
-        each!(self, port => port.is_stopped())
+        each!(self, port => port.is_stopped(), Absent)
     }
 
     fn take_back(&mut self, pool: &mut Pool) -> u32 {
-        each!(self, port => port.take_back(pool))
+        each!(self, port => port.take_back(pool), Absent)
     }
 }
 

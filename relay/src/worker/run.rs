@@ -131,15 +131,16 @@ struct Worker {
 
 impl Worker {
     fn start(adopted: Adopted) -> Result<Self, RunError> {
-        let Adopted { manifest, orders, status, reports, rules, mut ingress, mut egress, ledger, life } = adopted;
+        let Adopted { manifest, orders, status, reports, rules, mut ingress, mut egress, ledger, life, orphans } = adopted;
         if let Some(cpu) = manifest.cpus.first() {
             pin(*cpu)?;
             status.set_cpu(*cpu);
         }
+        let orphans = orphans.without(&ingress.frames_in_hand());
         let egress_state = egress.recover();
         let (ingress_state, replayed) = ingress.recover(|epoch| snapshot::load(&rules, epoch).ok());
         let standing = egress.standing_frames();
-        let reclaimed = ingress.reclaim(&standing);
+        let reclaimed = ingress.reclaim(&standing) + orphans.bury(&mut ingress, &mut egress);
         status.recovered.store(ingress_state | egress_state << 8, Release);
         status.replayed.store(status.replayed.load(Acquire) + u64::from(replayed), Release);
         status.reclaimed.store(status.reclaimed.load(Acquire) + u64::from(reclaimed), Release);
@@ -333,7 +334,7 @@ impl Worker {
             }
             return;
         };
-        let mut fds: Vec<BorrowedFd<'_>> = self.ingress.ports().iter().map(|port| port.receive.as_fd()).collect();
+        let mut fds: Vec<BorrowedFd<'_>> = self.ingress.ports().iter().filter_map(|port| port.receive.as_fd()).collect();
         if self.orphaned_at.is_none() {
             fds.push(self.life.as_fd());
         }

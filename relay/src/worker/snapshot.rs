@@ -41,7 +41,13 @@ fn plan(rule: &SnapshotRule) -> RulePlan {
         outputs: rule
             .outputs
             .iter()
-            .map(|output| OutputPlan { slot: output.slot, port: output.port, blocked: output.blocked(), edit: output.edit })
+            .map(|output| OutputPlan {
+                slot: output.slot,
+                port: output.port,
+                blocked: output.blocked(),
+                edit: output.edit,
+                gap: output.gap,
+            })
             .collect(),
     }
 }

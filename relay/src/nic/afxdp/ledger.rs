@@ -65,12 +65,26 @@ impl PortLedger {
         ]
     }
 
+    /// UMEM addresses of all frames in the rings. For a socket whose interface is gone and whose worker is dead, so that nobody
+    /// moves an index.
+    pub fn addresses(&self) -> impl Iterator<Item = u64> {
+        let receive = waiting(&self.fill).map(|index| self.fill.get(index)).chain(waiting(&self.rx).map(|index| self.rx.get(index).addr));
+        let send = waiting(&self.tx).map(|index| self.tx.get(index).addr);
+        receive.chain(send).chain(waiting(&self.completion).map(|index| self.completion.get(index)))
+    }
+
     /// Divides the frames of these indices by place.
     pub fn places([receive, send]: [RingIndices; 2]) -> PortFrames {
         let (fill, rx, in_receive) = divide(receive);
         let (tx, completion, in_send) = divide(send);
         PortFrames { fill, rx, tx, completion, kernel: in_receive + in_send }
     }
+}
+
+/// Indices of the elements between a ring's consumer and producer.
+fn waiting<T: bytemuck::Pod>(ring: &KernelRing<T>) -> impl Iterator<Item = u32> + use<T> {
+    let (first, count) = (ring.consumer(), filled(ring.producer(), ring.consumer()).min(ring.size()));
+    (0..count).map(move |offset| first.wrapping_add(offset))
 }
 
 /// (waiting, coming back, in between) of a pair of rings; they sum to what user space has handed over and not got back.
