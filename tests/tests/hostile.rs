@@ -307,7 +307,7 @@ fn rewritten(id: &str, frame: &[u8]) -> Vec<u8> {
     }
     if ip[l4 + 6..l4 + 8] != [0, 0] {
         let addresses = if id == "six" { 8..40 } else { 12..20 };
-        let pseudo = relay_tests::raw::sum(&[&ip[addresses], &[0, 17], &ip[l4 + 4..l4 + 6].to_vec()].concat(), 0);
+        let pseudo = relay_tests::raw::sum(&[&ip[addresses], &[0, 17], &ip[l4 + 4..l4 + 6]].concat(), 0);
         ip[l4 + 6..l4 + 8].fill(0);
         let sum = match !relay_tests::raw::sum(&ip[l4..], pseudo) {
             0 => 0xffff,

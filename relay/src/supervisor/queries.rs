@@ -82,7 +82,7 @@ mod tests {
             let a = nix::net::if_::if_nametoindex("op-a").unwrap();
             let mut queries = Queries::open().unwrap();
             assert_eq!(queries.last(a, true), None);
-            ["op-br", "op-a", "op-b"].map(|name| ip(&format!("link set {name} up")));
+            ["op-br", "op-a", "op-b"].iter().for_each(|name| ip(&format!("link set {name} up")));
             let begin = Instant::now();
             while queries.last(a, true).is_none() {
                 assert!(begin.elapsed().as_secs() < 10, "{queries:?}");
