@@ -173,7 +173,11 @@ impl Injector {
     }
 }
 
-/// UDP to groups, and to the unicast addresses named, as it comes in by an interface.
+/// What the packet socket puts before a frame (`struct virtio_net_hdr`).
+const VNET_HEADER_LEN: usize = 10;
+
+/// UDP to groups, and to the unicast addresses named, as it comes in by an interface; without its outermost tag, which the kernel
+/// takes off.
 #[derive(Debug)]
 pub struct Capture(OwnedFd);
 
@@ -187,7 +191,11 @@ impl Capture {
     /// The frames that have come, in order.
     pub fn frames(&self) -> Vec<Vec<u8>> {
         let mut buffer = vec![0; 65_536];
-        let next = || recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT).ok().map(|len| buffer[..len].to_vec());
+        let next = || {
+            recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT)
+                .ok()
+                .map(|len| buffer.get(VNET_HEADER_LEN..len).unwrap_or_default().to_vec())
+        };
         std::iter::from_fn(next).collect()
     }
 }

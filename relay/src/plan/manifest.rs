@@ -126,10 +126,17 @@ pub struct Manifest {
     pub linger_ms: u64,
     /// The ports, in numeric order.
     pub ports: Vec<PortManifest>,
-    /// Frames in rings of interfaces that are gone (nobody can map those any more): a bit each, frame 0 the lowest of the first.
-    pub orphans: Vec<u64>,
-    /// Which orphans these are; a worker that has taken them notes it, so that no successor does it again.
-    pub orphans_serial: u32,
+    /// Frames in rings of interfaces that are gone.
+    pub orphans: OrphanList,
+}
+
+/// Frames in rings that nobody can map any more, since their interface is gone.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OrphanList {
+    /// A bit each, frame 0 the lowest of the first word.
+    pub frames: Vec<u64>,
+    /// Which burial this is; a worker that has taken them notes it, so that no successor does it again.
+    pub serial: u32,
 }
 
 /// Why a control segment was refused.

@@ -256,7 +256,6 @@ impl Fleet {
         let (log, stderr) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(failed("pipe"))?;
         let Some(slot) = self.slots.get_mut(index) else { return Ok(()) };
         slot.generation += 1;
-        let (orphans, orphans_serial) = ports.orphans(index, self.frames);
         let manifest = Manifest {
             version: LAYOUT_VERSION,
             worker: id,
@@ -274,8 +273,7 @@ impl Fleet {
             heartbeat_ms: self.heartbeat.as_millis() as u64,
             linger_ms: self.linger.as_millis() as u64,
             ports: ports.manifest(index, self.frames),
-            orphans,
-            orphans_serial,
+            orphans: ports.orphans(index, self.frames),
         };
         let control = Control::create(&manifest).map_err(RunError::failure)?;
         let fixed =

@@ -12,7 +12,7 @@ use crate::nic::afxdp::create::{RingSizes, SocketSpec, create};
 use crate::nic::afxdp::ledger::PortLedger;
 use crate::nic::afxdp::program::{Mode, Program, ProgramError, socket_index};
 use crate::plan::counters::MAX_PORTS;
-use crate::plan::manifest::{PortKind, PortManifest};
+use crate::plan::manifest::{OrphanList, PortKind, PortManifest};
 use crate::rule::{EngineChoice, PathChoice, Rule};
 use crate::sys::xdp::{self, BindFlags};
 use crate::worker::partition::{self, Scheme};
@@ -257,9 +257,8 @@ impl Ports {
             .collect()
     }
 
-    /// Frames of a worker in the rings of interfaces that are gone, as the manifest has them, and the number of that burial. To be
-    /// asked while the worker is dead.
-    pub fn orphans(&self, worker: usize, frames: u32) -> (Vec<u64>, u32) {
+    /// Frames of a worker in the rings of interfaces that are gone. To be asked while the worker is dead.
+    pub fn orphans(&self, worker: usize, frames: u32) -> OrphanList {
         let mut bits = Vec::new();
         let ledgers = self.list.iter().filter(|port| port.retired).filter_map(|port| port.sockets.get(worker)?.ledger.as_ref());
         for frame in ledgers.flat_map(PortLedger::addresses).map(|address| address / u64::from(FRAME_SIZE)) {
@@ -268,7 +267,7 @@ impl Ports {
                 *word |= 1 << (frame % 64);
             }
         }
-        (bits, self.burials)
+        OrphanList { frames: bits, serial: self.burials }
     }
 
     /// Descriptors a worker inherits.

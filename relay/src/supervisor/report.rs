@@ -15,8 +15,8 @@ use crate::control::message::{
 use crate::nic::afpacket::Reason;
 use crate::plan::counters::{Counter, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx};
 use crate::plan::fate::{DropReason, OutputDropReason};
-use crate::plan::status::{PORT_DOWN, PORT_GONE, RUNG_PLAIN, SendReport};
 use crate::plan::records::SnapshotRule;
+use crate::plan::status::{PORT_DOWN, PORT_GONE, RUNG_PLAIN, SendReport};
 use crate::rule::set::{RuleSet, SetDiff};
 use crate::rule::{Output, Rule, Ttl};
 use crate::sys::xdp;

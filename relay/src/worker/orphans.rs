@@ -48,10 +48,10 @@ impl Orphans {
             Consumer::attach(memory, layout.egress_ring(*number))
         };
         let rings = absent.iter().map(ring).collect::<Result<_, _>>()?;
-        let is_new = manifest.orphans_serial != buried.load(Acquire);
-        let words = manifest.orphans.iter().enumerate().filter(|_| is_new);
+        let is_new = manifest.orphans.serial != buried.load(Acquire);
+        let words = manifest.orphans.frames.iter().enumerate().filter(|_| is_new);
         let frames = words.flat_map(|(word, bits)| (0..64).filter(move |bit| bits >> bit & 1 != 0).map(move |bit| word as u32 * 64 + bit));
-        Ok(Self { frames: frames.collect(), serial: manifest.orphans_serial, buried, absent, rings })
+        Ok(Self { frames: frames.collect(), serial: manifest.orphans.serial, buried, absent, rings })
     }
 
     /// But for these.
