@@ -258,6 +258,7 @@ mod tests {
             heartbeat_ms: 100,
             linger_ms: 0,
             ports: vec![],
+            orphans: OrphanList::default(),
         }
     }
 
