@@ -229,7 +229,8 @@ impl Worker {
             if now >= self.next_life {
                 self.housekeeping(now);
             }
-            if moved == 0 {
+            // An orphan that is to leave must not sleep first: nobody would wake it.
+            if moved == 0 && !self.is_orphaned() {
                 let since = *idle_since.get_or_insert(now);
                 self.sleep(now - since);
             } else {
