@@ -4,6 +4,8 @@
 //! logic: a type here is bytes with a documented shape. Every struct is `repr(C)` without padding, asserted below.
 #![no_std]
 
+pub mod edit;
+pub mod kernel;
 pub mod lab;
 
 /// Interfaces one relay serves (slots of per-interface counters).
@@ -50,7 +52,10 @@ pub struct Shape {
     pub port_mode: u8,
 }
 
-/// Value of map `INGRESS` (hash, key: ifindex u32). 72 bytes. Absent: every packet passes.
+/// Own addresses of one family that [`IngressConfig`] holds.
+pub const MAX_OWN: usize = 4;
+
+/// Value of map `INGRESS` (hash, key: ifindex u32). 160 bytes. Absent: every packet passes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct IngressConfig {
@@ -60,6 +65,14 @@ pub struct IngressConfig {
     pub shape_count: u32,
     /// Probed in order; the first hit decides.
     pub shapes: [Shape; MAX_SHAPES],
+    /// 1: rules of this interface may have plans (`RULE_PLANS`).
+    pub kernel: u32,
+    /// Always 0.
+    pub zero: u32,
+    /// The interface's own IPv4 addresses, network order; 0: none. A packet from one of them is a loop. Kernel path only.
+    pub own4: [u32; MAX_OWN],
+    /// The same for IPv6; all 0: none.
+    pub own6: [[u32; 4]; MAX_OWN],
 }
 
 /// Key of map `MATCHES` (hash). 32 bytes.
@@ -167,6 +180,8 @@ macro_rules! xdp_counters {
 xdp_counters! {
     /// Handed to a socket.
     Redirected = "redirected",
+    /// Taken by the kernel path: sent, or dropped by a reason of its rule or outputs.
+    Kernel = "kernel",
     /// No rule matches: the kernel stack's packet.
     PassNoRule = "no_rule",
     /// A rule's `except` names the source.
@@ -199,7 +214,7 @@ xdp_counters! {
 
 const _: () = {
     assert!(size_of::<Shape>() == 4);
-    assert!(size_of::<IngressConfig>() == 72);
+    assert!(size_of::<IngressConfig>() == 160);
     assert!(size_of::<MatchKey>() == 32);
     assert!(size_of::<MatchEntry>() == 16);
     assert!(size_of::<SourceKey>() == 20);
@@ -219,4 +234,5 @@ mod pod {
         )+};
     }
     pod!(IngressConfig, MatchKey, MatchEntry, SourceKey, SourceVerdict, RedirectMeta, CounterValue, lab::Template, lab::Pace);
+    pod!(kernel::KernelPlan, kernel::KernelOutput, kernel::PlanDevice, kernel::DropKey, kernel::Ordinal);
 }

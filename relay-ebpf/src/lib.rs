@@ -8,6 +8,10 @@
 pub mod packet;
 #[cfg(target_arch = "bpf")]
 pub mod parse;
+#[cfg(target_arch = "bpf")]
+pub mod rewrite;
+#[cfg(target_arch = "bpf")]
+pub mod sum;
 
 /// Loops: the verifier refuses a program from which this can be reached, so no program that loads can panic.
 /// (`unreachable_unchecked` would be undefined behaviour, and the verifier would not see it.)

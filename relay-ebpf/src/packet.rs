@@ -63,6 +63,22 @@ impl<'a> Packet<'a> {
         Some(unsafe { out.assume_init() })
     }
 
+    /// The address of `N` bytes at a constant `offset` of the linear part, to write to.
+    #[inline(always)]
+    pub fn place<const N: usize>(&self, offset: usize) -> Option<*mut [u8; N]> {
+        let at = self.data + offset;
+        if at + N > self.end {
+            return None;
+        }
+        Some(at as *mut [u8; N])
+    }
+
+    /// Whether all of the packet stands in one buffer. `len`: bytes of the whole packet.
+    #[inline(always)]
+    pub fn is_linear(&self, len: u32) -> bool {
+        (self.end - self.data) as u32 == len
+    }
+
     #[inline(always)]
     fn md(&self) -> *mut xdp_md {
         self.ctx.as_ptr().cast()
@@ -82,6 +98,23 @@ pub fn put_metadata<T: Copy>(ctx: &XdpContext, value: T) -> bool {
     // SAFETY: `at..at + size_of::<T>()` lies within the metadata (just compared); no alignment is assumed.
     unsafe { core::ptr::write_unaligned(at as *mut T, value) };
     true
+}
+
+/// Moves the packet's beginning: `by` bytes go (or, if negative, come) before it. Ends the validity of every [`Packet`].
+#[inline(always)]
+pub fn move_head(ctx: &XdpContext, by: i32) -> bool {
+    // SAFETY: the pointer is this program's context; the kernel refuses what it can't grant.
+    unsafe { helpers::bpf_xdp_adjust_head(ctx.as_ptr().cast(), by) == 0 }
+}
+
+/// Copies `len` bytes at `offset` of the packet to `to`, which has room for them (the verifier sees to it).
+///
+/// # Safety
+/// `to` points to `len` writable bytes.
+#[inline(always)]
+pub unsafe fn load(ctx: &XdpContext, offset: u32, to: *mut u8, len: u32) -> bool {
+    // SAFETY: the pointer is this program's context; the caller vouches for `to`.
+    unsafe { helpers::bpf_xdp_load_bytes(ctx.as_ptr().cast(), offset, to.cast(), len) == 0 }
 }
 
 /// Overwrites `len` bytes (1 to `N`) at `offset` of the packet. False if they don't lie within it.

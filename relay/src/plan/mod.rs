@@ -6,6 +6,7 @@ pub mod counters;
 pub mod edit;
 pub mod fate;
 pub mod manifest;
+pub mod planner;
 pub mod records;
 pub mod resolve;
 pub mod status;

@@ -1,6 +1,8 @@
-//! The production program: every packet of an ingress is redirected into a worker's socket, or passes and is counted.
+//! The production program: every packet of an ingress is redirected into a worker's socket, or carried by the kernel path
+//! (module `kernel`), or passes, and is counted.
 //!
-//! Exactly one counter per packet. It must never drop: whatever is odd is the kernel's (invariant 7, fails open).
+//! Exactly one counter per packet. What no rule takes it must never drop: whatever is odd is the kernel's (invariant 7, fails
+//! open).
 #![expect(unsafe_code, reason = "exported names and sections; map values are borrowed from the kernel")]
 
 use aya_ebpf::{
@@ -10,6 +12,7 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use core::hint::black_box;
+use crate::kernel;
 use relay_common::{
     COUNTER_SLOTS, IngressConfig, MAX_INTERFACES, MAX_MATCHES, MAX_QUEUES, MAX_SHAPES, MAX_SOURCES, META_MAGIC, MatchEntry, MatchKey,
     NO_CONFIG_SLOT, NO_SLOT, PORT_EXACT, RedirectMeta, SOURCE_KEY_BITS, Shape, SourceKey, SourceVerdict, TAG_EXACT, XdpCounter,
@@ -33,17 +36,17 @@ static COUNTERS: PerCpuArray<relay_common::CounterValue, { (COUNTER_SLOTS * XdpC
 /// Parse, match, redirect, count.
 #[xdp(frags)]
 fn relay(ctx: XdpContext) -> u32 {
-    handle(&ctx)
+    handle::<true>(&ctx)
 }
 
-/// The same for a kernel that refuses programs for packets in several buffers (before 5.18).
+/// The same without the kernel path, for a kernel that refuses programs for packets in several buffers (before 5.18).
 #[xdp]
 fn relay_single(ctx: XdpContext) -> u32 {
-    handle(&ctx)
+    handle::<false>(&ctx)
 }
 
 #[inline(always)]
-fn handle(ctx: &XdpContext) -> u32 {
+fn handle<const KERNEL: bool>(ctx: &XdpContext) -> u32 {
     let len = Packet::new(ctx).len();
     let ifindex = ctx.ingress_ifindex() as u32;
     // SAFETY: the supervisor writes an entry before it attaches and only replaces it as a whole; a torn read costs a PASS or a miss.
@@ -51,24 +54,31 @@ fn handle(ctx: &XdpContext) -> u32 {
         count(NO_CONFIG_SLOT, XdpCounter::PassNoConfig, len);
         return XDP_PASS;
     };
-    let verdict = decide(ctx, config, ifindex, len);
+    let (verdict, action) = decide::<KERNEL>(ctx, config, ifindex, len);
     count(config.slot, verdict, len);
     diagnose(ctx, ifindex, verdict);
-    if matches!(verdict, XdpCounter::Redirected) { XDP_REDIRECT } else { XDP_PASS }
+    action
 }
 
+/// The counter of a packet and the action for it.
 #[inline(always)]
-fn decide(ctx: &XdpContext, config: &IngressConfig, ifindex: u32, len: u32) -> XdpCounter {
+fn decide<const KERNEL: bool>(ctx: &XdpContext, config: &IngressConfig, ifindex: u32, len: u32) -> (XdpCounter, u32) {
     let flow = match parse::flow(&Packet::new(ctx), len) {
         Ok(flow) => flow,
-        Err(reason) => return reason,
+        Err(reason) => return (reason, XDP_PASS),
     };
     let rule = match find(config, &flow, ifindex) {
         Some(rule) => rule,
-        None => return XdpCounter::PassNoRule,
+        None => return (XdpCounter::PassNoRule, XDP_PASS),
     };
     if rule.slot == NO_SLOT {
-        return XdpCounter::PassExcept;
+        return (XdpCounter::PassExcept, XDP_PASS);
+    }
+    if KERNEL
+        && config.kernel != 0
+        && let Some(plan) = kernel::plan(&rule)
+    {
+        return (XdpCounter::Kernel, kernel::carry(ctx, config, plan, kernel::number(&rule), len));
     }
     redirect(ctx, config.slot, rule)
 }
@@ -142,13 +152,13 @@ fn by_source(entry: &MatchEntry, flow: &Flow) -> Option<SourceVerdict> {
 /// Chooses the socket first (an empty slot leaves the packet as it came), then tells it the rule. Without room for
 /// metadata the packet goes as it is, and user space matches again.
 #[inline(always)]
-fn redirect(ctx: &XdpContext, slot: u32, rule: SourceVerdict) -> XdpCounter {
+fn redirect(ctx: &XdpContext, slot: u32, rule: SourceVerdict) -> (XdpCounter, u32) {
     let queue = ctx.rx_queue_index();
     if queue >= MAX_QUEUES || XSKS.redirect(slot * MAX_QUEUES + queue, u64::from(XDP_PASS)).is_err() {
-        return XdpCounter::PassNoSocket;
+        return (XdpCounter::PassNoSocket, XDP_PASS);
     }
     packet::put_metadata(ctx, RedirectMeta { magic: META_MAGIC, slot: rule.slot, serial: rule.serial, flags: 0 });
-    XdpCounter::Redirected
+    (XdpCounter::Redirected, XDP_REDIRECT)
 }
 
 #[inline(always)]

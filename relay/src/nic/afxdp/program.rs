@@ -4,10 +4,12 @@
 //! a rule: the planner turns rules into keys. Every call is a handful of `bpf(2)` calls and none waits for a grace period.
 
 mod error;
+pub mod kernel;
 mod link;
 mod query;
 
 pub use error::ProgramError;
+pub use kernel::KernelTables;
 pub use link::{Attachment, Mode};
 pub use query::{InterfaceXdp, interface_xdp, program_name as name_of};
 
@@ -71,6 +73,7 @@ pub struct Program {
     counters: PerCpuArray<MapData, CounterValue>,
     diagnostics: Option<Box<dyn FnMut() + Send>>,
     multi_buffer: bool,
+    kernel: Result<KernelTables, String>,
     ebpf: Ebpf,
 }
 
@@ -101,6 +104,7 @@ impl Program {
             counters: map(&mut ebpf, "COUNTERS")?,
             diagnostics,
             multi_buffer,
+            kernel: kernel_tables(&mut ebpf, multi_buffer),
             ebpf,
         })
     }
@@ -108,6 +112,16 @@ impl Program {
     /// Whether packets in several buffers reach the program (else the driver limits the MTU).
     pub fn multi_buffer(&self) -> bool {
         self.multi_buffer
+    }
+
+    /// The kernel path's tables, or why there is none.
+    pub fn kernel(&self) -> Result<&KernelTables, &str> {
+        self.kernel.as_ref().map_err(String::as_str)
+    }
+
+    /// The same, to write.
+    pub fn kernel_mut(&mut self) -> Option<&mut KernelTables> {
+        self.kernel.as_mut().ok()
     }
 
     /// Attaches to an interface in exactly this mode. Refuses where any program is attached already, and where the
@@ -215,6 +229,14 @@ fn open(options: &LoadOptions<'_>, multi_buffer: bool) -> Result<Ebpf, ProgramEr
         loader.override_global("LOG", &log, true);
     }
     loader.load(options.object.unwrap_or(embedded)).map_err(|error| ProgramError::Object(Box::new(error)))
+}
+
+/// Only the program for packets in several buffers has the kernel path: what calls it needs 5.18 anyway.
+fn kernel_tables(ebpf: &mut Ebpf, multi_buffer: bool) -> Result<KernelTables, String> {
+    if !multi_buffer {
+        return Err("the kernel refuses programs for packets in several buffers (before 5.18)".into());
+    }
+    KernelTables::load(ebpf).map_err(|error| error.to_string())
 }
 
 fn xdp<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Xdp, ProgramError> {

@@ -1,0 +1,181 @@
+//! The kernel path's tables from user space: plans, outputs, devmaps, counters (layouts in `relay_common::kernel`).
+//!
+//! Calls that wait for an RCU grace period (filling a place of the map of maps) run on a thread of their own. Must never write
+//! a plan that is in force, nor an entry of a devmap that is in use for a broadcast.
+
+use super::{ProgramError, map, on, xdp};
+use aya::Ebpf;
+use aya::maps::{Array, ArrayOfMaps, DevMap, HashMap, Map, MapData, PerCpuArray, PerCpuHashMap, PerCpuValues};
+use aya::programs::ProgramFd;
+use relay_common::CounterValue;
+use relay_common::kernel::{DropKey, KernelOutput, KernelPlan, PlanDevice};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+/// `BPF_MAP_TYPE_DEVMAP` and the sizes of its key and value (linux/bpf.h: `struct bpf_devmap_val`).
+const DEVMAP: u32 = 14;
+const DEVMAP_KEY_LEN: u32 = 4;
+const DEVMAP_VALUE_LEN: u32 = 8;
+const EGRESS_PROGRAM: &str = "relay_egress";
+
+/// A devmap for one plan: an entry for each ready output.
+pub type Broadcast = DevMap<MapData>;
+/// Drops of the kernel path by key.
+pub type Drops = BTreeMap<DropKey, CounterValue>;
+
+/// Devmaps on their way into the map of maps.
+#[derive(Debug)]
+pub struct Install(JoinHandle<Result<(), ProgramError>>);
+
+impl Install {
+    /// Whether the kernel is done with it.
+    pub fn is_done(&self) -> bool {
+        self.0.is_finished()
+    }
+
+    /// What became of it.
+    pub fn finish(self) -> Result<(), ProgramError> {
+        self.0.join().unwrap_or_else(|_| Err(ProgramError::Diagnostics("the thread that fills the broadcast table died".into())))
+    }
+}
+
+/// The tables.
+pub struct KernelTables {
+    egress: ProgramFd,
+    cpus: usize,
+    rule_plans: PerCpuArray<MapData, u64>,
+    plans: Array<MapData, KernelPlan>,
+    outputs: Array<MapData, KernelOutput>,
+    broadcasts: Arc<Mutex<ArrayOfMaps<MapData, Broadcast>>>,
+    devices: DevMap<MapData>,
+    plan_devices: HashMap<MapData, PlanDevice, u64>,
+    rule_rx: PerCpuArray<MapData, CounterValue>,
+    output_tx: PerCpuArray<MapData, CounterValue>,
+    drops: PerCpuHashMap<MapData, DropKey, CounterValue>,
+}
+
+impl KernelTables {
+    /// Has the kernel verify the egress program and takes the maps. The error is why there is no kernel path.
+    pub(super) fn load(ebpf: &mut Ebpf) -> Result<Self, ProgramError> {
+        let program = xdp(ebpf, EGRESS_PROGRAM)?;
+        program.load().map_err(|error| ProgramError::load(EGRESS_PROGRAM, error))?;
+        let egress = {
+            let fd = program.fd().map_err(|error| ProgramError::Diagnostics(error.to_string()))?;
+            fd.try_clone().map_err(|error| ProgramError::Diagnostics(error.to_string()))?
+        };
+        let cpus = aya::util::nr_cpus().map_err(|(what, error)| ProgramError::Diagnostics(format!("{what}: {error}")))?;
+        Ok(Self {
+            egress,
+            cpus,
+            rule_plans: map(ebpf, "RULE_PLANS")?,
+            plans: map(ebpf, "PLANS")?,
+            outputs: map(ebpf, "OUTPUTS")?,
+            broadcasts: Arc::new(Mutex::new(map(ebpf, "BROADCASTS")?)),
+            devices: map(ebpf, "DEVICES")?,
+            plan_devices: map(ebpf, "PLAN_DEVICES")?,
+            rule_rx: map(ebpf, "RULE_RX")?,
+            output_tx: map(ebpf, "OUTPUT_TX")?,
+            drops: map(ebpf, "KERNEL_DROPS")?,
+        })
+    }
+
+    fn everywhere<T: aya::Pod>(&self, value: T) -> Result<PerCpuValues<T>, ProgramError> {
+        PerCpuValues::try_from(vec![value; self.cpus]).map_err(|error| ProgramError::Diagnostics(error.to_string()))
+    }
+
+    /// Puts a plan in force for a rule slot, or takes the rule off the kernel path.
+    pub fn set_rule(&mut self, slot: u32, plan: Option<u32>) -> Result<(), ProgramError> {
+        let words = self.everywhere(plan.map_or(0, |plan| u64::from(plan) + 1))?;
+        self.rule_plans.set(slot, words, 0).map_err(on("RULE_PLANS", "setting a rule's plan"))
+    }
+
+    /// Writes a plan that no rule has.
+    pub fn write_plan(&mut self, number: u32, plan: &KernelPlan, outputs: &[KernelOutput]) -> Result<(), ProgramError> {
+        for (index, output) in (plan.first_output..).zip(outputs) {
+            self.outputs.set(index, output, 0).map_err(on("OUTPUTS", "writing an output"))?;
+        }
+        self.plans.set(number, plan, 0).map_err(on("PLANS", "writing a plan"))
+    }
+
+    /// Says which outputs of a plan go out of a device; 0: forgets it.
+    pub fn set_plan_device(&mut self, key: PlanDevice, outputs: u64) -> Result<(), ProgramError> {
+        if outputs == 0 {
+            return self.plan_devices.remove(&key).map_err(on("PLAN_DEVICES", "removing a device"));
+        }
+        self.plan_devices.insert(key, outputs, 0).map_err(on("PLAN_DEVICES", "adding a device"))
+    }
+
+    /// Where plans with one ready output send; `egress`: through the egress program, as any broadcast to that device does.
+    pub fn set_device(&mut self, device: u32, ifindex: u32, egress: bool) -> Result<(), ProgramError> {
+        let program = egress.then_some(&self.egress);
+        self.devices.set(device, ifindex, program, 0).map_err(|error| ProgramError::Diagnostics(format!("map DEVICES: {error}")))
+    }
+
+    /// A devmap with these devices.
+    pub fn broadcast(&self, devices: &[u32]) -> Result<Broadcast, ProgramError> {
+        let shape = aya_obj::Map::new_from_params(DEVMAP, DEVMAP_KEY_LEN, DEVMAP_VALUE_LEN, devices.len().max(1) as u32, 0);
+        let data = MapData::create(shape, "broadcast", None).map_err(on("BROADCASTS", "creating a devmap"))?;
+        let mut devmap = DevMap::try_from(Map::DevMap(data)).map_err(on("BROADCASTS", "creating a devmap"))?;
+        for (index, ifindex) in (0..).zip(devices) {
+            let set = devmap.set(index, *ifindex, Some(&self.egress), 0);
+            set.map_err(|error| ProgramError::Diagnostics(format!("a broadcast's devmap: {error}")))?;
+        }
+        Ok(devmap)
+    }
+
+    /// Puts devmaps into the places of their plans. The kernel waits for a grace period at each.
+    pub fn install(&self, broadcasts: Vec<(u32, Broadcast)>) -> Result<Install, ProgramError> {
+        let table = Arc::clone(&self.broadcasts);
+        let work = move || {
+            let mut table = table.lock().unwrap_or_else(PoisonError::into_inner);
+            broadcasts.iter().try_for_each(|(plan, devmap)| table.set(*plan, devmap, 0).map_err(on("BROADCASTS", "setting a plan's devmap")))
+        };
+        let thread = std::thread::Builder::new().name("broadcasts".into()).spawn(work);
+        thread.map(Install).map_err(|error| ProgramError::Diagnostics(format!("starting a thread: {error}")))
+    }
+
+    /// Packets a rule took on this path.
+    pub fn rule_rx(&self, slot: u32) -> CounterValue {
+        total(&self.rule_rx, slot)
+    }
+
+    /// Packets sent for an output.
+    pub fn output_tx(&self, slot: u32) -> CounterValue {
+        total(&self.output_tx, slot)
+    }
+
+    /// A rule slot counts from 0.
+    pub fn reset_rule(&mut self, slot: u32) -> Result<(), ProgramError> {
+        let zeros = self.everywhere(CounterValue::default())?;
+        self.rule_rx.set(slot, zeros, 0).map_err(on("RULE_RX", "resetting a counter"))
+    }
+
+    /// An output slot counts from 0.
+    pub fn reset_output(&mut self, slot: u32) -> Result<(), ProgramError> {
+        let zeros = self.everywhere(CounterValue::default())?;
+        self.output_tx.set(slot, zeros, 0).map_err(on("OUTPUT_TX", "resetting a counter"))
+    }
+
+    /// All drops.
+    pub fn drops(&self) -> Drops {
+        self.drops.iter().flatten().map(|(key, values)| (key, sum(&values))).collect()
+    }
+
+    /// Forgets drops of rules that are no more.
+    pub fn forget_drops(&mut self, gone: impl Fn(&DropKey) -> bool) {
+        let keys: Vec<DropKey> = self.drops.keys().flatten().filter(gone).collect();
+        for key in keys {
+            // It may have gone already; either way it is forgotten.
+            let _ = self.drops.remove(&key);
+        }
+    }
+}
+
+fn sum(values: &PerCpuValues<CounterValue>) -> CounterValue {
+    values.iter().fold(CounterValue::default(), |sum, one| CounterValue { packets: sum.packets + one.packets, bytes: sum.bytes + one.bytes })
+}
+
+fn total(map: &PerCpuArray<MapData, CounterValue>, index: u32) -> CounterValue {
+    map.get(&index, 0).map(|values| sum(&values)).unwrap_or_default()
+}
