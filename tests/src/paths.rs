@@ -92,10 +92,12 @@ pub const XSK_FUSED: Path = Path { name: "xsk fused", args: &["--backend", "xsk"
 pub const XSK_SPLIT: Path = Path { name: "xsk split", args: &["--backend", "xsk", "--pipeline", "split"], path: "xsk", engine: "tx" };
 /// AF_PACKET with io_uring.
 pub const PACKET: Path = Path { name: "packet", args: &["--backend", "packet"], path: "packet", engine: "uring" };
+/// The XDP program alone.
+pub const KERNEL: Path = Path { name: "kernel", args: &["--backend", "kernel"], path: "kernel", engine: "xdp" };
 /// All of them.
-pub const PATHS: [Path; 3] = [XSK_FUSED, XSK_SPLIT, PACKET];
+pub const PATHS: [Path; 4] = [XSK_FUSED, XSK_SPLIT, PACKET, KERNEL];
 
-/// Makes a module of three tests, one a path, from each `fn(&Path)`.
+/// Makes a module of four tests, one a path, from each `fn(&Path)`.
 #[macro_export]
 macro_rules! on_every_path {
     ($($name:ident),+ $(,)?) => {$(
@@ -103,6 +105,7 @@ macro_rules! on_every_path {
             $crate::on_path!(xsk_fused, $name, XSK_FUSED);
             $crate::on_path!(xsk_split, $name, XSK_SPLIT);
             $crate::on_path!(packet, $name, PACKET);
+            $crate::on_path!(kernel, $name, KERNEL);
         }
     )+};
 }

@@ -22,14 +22,14 @@ fn libbpf_loads_the_relay_object() {
         let map = object.maps().find(|map| map.name() == name).unwrap_or_else(|| panic!("no map {name}"));
         (map.map_type(), map.key_size(), map.value_size(), map.max_entries())
     };
-    assert_eq!(found("INGRESS"), (MapType::Hash, 4, 72, MAX_INTERFACES));
+    assert_eq!(found("INGRESS"), (MapType::Hash, 4, 160, MAX_INTERFACES));
     assert_eq!(found("MATCHES"), (MapType::Hash, 32, 16, MAX_MATCHES));
     assert_eq!(found("SOURCES"), (MapType::LpmTrie, 24, 8, MAX_SOURCES));
     assert_eq!(found("XSKS"), (MapType::Xskmap, 4, 4, MAX_INTERFACES * MAX_QUEUES));
     assert_eq!(found("COUNTERS"), (MapType::PercpuArray, 4, 16, COUNTER_SLOTS * XdpCounter::COUNT));
     let mut programs: Vec<_> = object.progs().map(|program| program.name().to_string_lossy().into_owned()).collect();
     programs.sort();
-    assert_eq!(programs, ["relay", "relay_single"]);
+    assert_eq!(programs, ["relay", "relay_egress", "relay_single"]);
 }
 
 #[test]

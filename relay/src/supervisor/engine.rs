@@ -6,13 +6,16 @@
 use super::book::Book;
 use super::capabilities::{self, Set};
 use super::error::RunError;
+use super::features::Features;
 use super::fleet::Fleet;
 use super::interfaces::{Interface, Interfaces};
 use super::joins::{Holders, Joins};
+use super::kernel_path::KernelPath;
 use super::locks::Lock;
 use super::loops::Loops;
 use super::netlink::{Event, Watch};
 use super::options::{BackendChoice, Options};
+use super::planning::{Decisions, Redirectable};
 use super::ports::{self, Ports, Way};
 use super::queries::Queries;
 use super::update::Update;
@@ -61,6 +64,11 @@ pub struct Supervisor {
     pub(super) queries: Queries,
     pub(super) program: Option<Program>,
     pub(super) no_program: String,
+    pub(super) kernel_path: KernelPath,
+    pub(super) features: Option<Features>,
+    pub(super) redirectable: Redirectable,
+    pub(super) look_at: Instant,
+    pub(super) decisions: Decisions,
     pub(super) umems: Vec<Umem>,
     pub(super) ports: Ports,
     pub(super) fleet: Fleet,
@@ -166,6 +174,11 @@ impl Supervisor {
             queries: Queries::open().map_err(failed("raw socket for membership queries"))?,
             program,
             no_program,
+            kernel_path: KernelPath::default(),
+            features: Features::open().inspect_err(|error| tracing::debug!(%error, "no netdev family")).ok(),
+            redirectable: Redirectable::new(),
+            look_at: Instant::now(),
+            decisions: Decisions::new(),
             umems,
             ports: Ports::default(),
             fleet,
@@ -209,6 +222,7 @@ impl Supervisor {
             self.advance();
             self.run_deferred(Instant::now());
             self.replan();
+            self.carry_on();
             if now >= self.loops_at {
                 self.loops_at = now + LOOPS_PERIOD;
                 self.look_for_loops(now);
@@ -223,7 +237,7 @@ impl Supervisor {
     }
 
     fn wait(&self, now: Instant) {
-        let mut bound = if self.update.is_some() { BUSY_PERIOD } else { LOOK_PERIOD };
+        let mut bound = if self.update.is_some() || self.kernel_path.is_busy() { BUSY_PERIOD } else { LOOK_PERIOD };
         for at in [self.fleet.next_deadline(), self.server.next_deadline(), self.replan_at].into_iter().flatten() {
             bound = bound.min(at.saturating_duration_since(now));
         }
@@ -334,7 +348,7 @@ impl Supervisor {
             Event::LinkGone { ifindex, .. } => Some(*ifindex),
             _ => None,
         }));
-        if !events.is_empty() {
+        if !events.is_empty() || self.look_at_features(Instant::now()) {
             self.replan_at.get_or_insert_with(|| Instant::now() + NEWS_DELAY);
         }
     }
@@ -361,6 +375,9 @@ impl Supervisor {
             tracing::error!(%error, "planning again");
             self.replan_at = Some(Instant::now() + ports::REFUSED_RETRY);
         }
+        if self.update.is_none() {
+            self.replan_paths();
+        }
         self.replan_at = match (self.replan_at, self.ports.next_retry()) {
             (Some(a), Some(b)) => Some(a.min(b)),
             (a, b) => a.or(b),
@@ -370,6 +387,7 @@ impl Supervisor {
     /// Interfaces are the ones they were; addresses, states, neighbours may be others.
     fn replan_outputs(&mut self) -> Result<(), RunError> {
         self.ports.refresh(&self.known);
+        self.set_ingresses();
         let mut view = View::new(&self.ports, &self.known, &mut self.interfaces);
         let snapshot = self.book.snapshot(self.epoch + 1, &mut view, None);
         let set = self.book.set.clone();
@@ -379,6 +397,29 @@ impl Supervisor {
         }
         tracing::info!(epoch = snapshot.epoch, "interfaces or neighbours changed: outputs planned again");
         self.put_in_force(snapshot)
+    }
+
+    /// The planner's word again: a rule that leaves the kernel path is its worker's from the next packet on, and the other way
+    /// round.
+    fn replan_paths(&mut self) {
+        let decisions = self.decide(self.book.set.rules());
+        for (id, decision) in &decisions {
+            if self.decisions.get(id).is_some_and(|before| before.path != decision.path || before.unmet != decision.unmet) {
+                tracing::info!(rule = %id, path = decision.path.name(), reason = %decision.reason, "planned again");
+            }
+        }
+        let target = self.kernel_target(&self.published.rules, &decisions);
+        self.decisions = decisions;
+        self.kernel_path.want(target);
+    }
+
+    /// Outside of an update, the kernel path goes on to what it was told last.
+    fn carry_on(&mut self) {
+        if self.update.is_none()
+            && let Err(error) = self.kernel_turn()
+        {
+            tracing::error!(%error, "kernel path");
+        }
     }
 
     /// Detach, drain, stop, join (every wait bounded).

@@ -16,7 +16,7 @@ use super::backoff::Backoff;
 use super::channels::Meter;
 use super::error::RunError;
 use super::locks::Lock;
-use super::options::{Options, PipelineChoice, WaitChoice};
+use super::options::{BackendChoice, Options, PipelineChoice, WaitChoice};
 use super::ports::{Ports, egress_capacity};
 use crate::frame::{FRAME_SIZE, Umem};
 use crate::nic::afpacket::Engines;
@@ -161,7 +161,9 @@ impl Fleet {
             start: Instant::now(),
         };
         let mut umems = Vec::new();
-        for id in 0..options.workers {
+        // The kernel path alone needs no process.
+        let workers = if options.backend == BackendChoice::Kernel { 0 } else { options.workers };
+        for id in 0..workers {
             let (slot, umem) = fleet.slot(id)?;
             fleet.slots.push(slot);
             umems.push(umem);

@@ -313,12 +313,10 @@ pub fn missing<'a>(rules: &'a [Rule], known: &BTreeMap<String, Interface>) -> BT
 /// What the language allows and this build can't do yet is refused, never quietly done another way.
 pub fn check_supported(rules: &[Rule], options: &Options) -> Result<(), RunError> {
     let missing = |field: &str, what: &str, hint: &str| Err(RunError::bad(field, format!("{what} is not part of this version"), hint));
-    if options.backend == BackendChoice::Kernel {
-        return missing("--backend", "the kernel path", "use --backend xsk");
-    }
     for rule in rules {
-        if rule.path == PathChoice::Kernel {
-            return missing("path", &format!("path=kernel (rule {})", rule.id), "use path=auto");
+        if options.backend == BackendChoice::Kernel && matches!(rule.path, PathChoice::Xsk | PathChoice::Packet) {
+            let problem = format!("rule {} asks for a worker, and --backend kernel starts none", rule.id);
+            return Err(RunError::bad("path", problem, "leave out path=, or use --backend auto"));
         }
         if rule.engine == EngineChoice::Coalesce {
             return missing("engine", &format!("engine=coalesce (rule {})", rule.id), "use engine=auto");
@@ -450,7 +448,7 @@ impl Maker<'_> {
             Ok(port) => return Ok(port),
             Err(error) => error,
         };
-        let insisted = self.options.backend == BackendChoice::Xsk
+        let insisted = matches!(self.options.backend, BackendChoice::Xsk | BackendChoice::Kernel)
             || self.options.xdp_mode != XdpMode::Auto
             || self.options.zero_copy == ZeroCopyChoice::On
             || matches!(refused, ProgramError::Foreign { .. } | ProgramError::AlreadyAttached { .. } | ProgramError::TooFewQueues { .. });

@@ -13,14 +13,18 @@ use crate::control::message::{
     Changes, FrameStats, InterfaceInfo, InterfaceStats, OutputStats, RuleInfo, RuleStats, Stats, Status, SupervisorInfo, WorkerInfo,
 };
 use crate::nic::afpacket::Reason;
+use crate::nic::afxdp::program::KernelTables;
+use crate::nic::afxdp::program::kernel::Drops;
 use crate::plan::counters::{Counter, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx};
+use crate::plan::planner::Path;
 use crate::plan::fate::{DropReason, OutputDropReason};
 use crate::plan::records::SnapshotRule;
 use crate::plan::status::{PORT_DOWN, PORT_GONE, RUNG_PLAIN, SendReport};
 use crate::rule::set::{RuleSet, SetDiff};
 use crate::rule::{Output, Rule, Ttl};
 use crate::sys::xdp;
-use relay_common::XdpCounter;
+use relay_common::kernel::{DROP_OF_OUTPUT, DROP_OF_RULE};
+use relay_common::{CounterValue, XdpCounter};
 use std::collections::BTreeMap;
 use std::time::Instant;
 
@@ -35,6 +39,10 @@ pub fn changes(old: &RuleSet, change: &SetDiff) -> Changes {
 
 fn sum<'a>(counters: impl Iterator<Item = Counter> + 'a) -> Counter {
     counters.fold(Counter::default(), Counter::plus)
+}
+
+const fn of_kernel(value: CounterValue) -> Counter {
+    Counter { packets: value.packets, bytes: value.bytes }
 }
 
 fn add(map: &mut BTreeMap<String, u64>, name: &str, packets: u64) {
@@ -125,22 +133,22 @@ impl Supervisor {
 
     fn rule_info(&self, rule: &Rule, published: &BTreeMap<u32, &SnapshotRule>) -> RuleInfo {
         let found = self.ports.ingress(rule).filter(|(_, port)| port.is_live());
-        let port = found.map(|(_, port)| port);
-        let (path, engine) = match found.map(|(number, port)| (port.way, number)) {
-            Some((Way::Xsk, _)) => ("xsk", "tx"),
-            Some((Way::Packet, number)) => ("packet", if self.is_plain(number) { "plain" } else { "uring" }),
-            None => ("pending", ""),
+        let decision = self.decisions.get(&rule.id);
+        let (path, engine) = match (decision, found) {
+            (Some(decision), Some((number, _))) if decision.path == Path::Packet && self.is_plain(number) => ("packet", "plain"),
+            (Some(decision), Some(_)) => (decision.path.name(), decision.engine),
+            _ => ("pending", ""),
         };
-        let ifindex = port.map(|port| port.facts.ifindex);
+        let ifindex = found.map(|(_, port)| port.facts.ifindex);
         let joined = ifindex.and_then(|ifindex| join_of(rule, ifindex)).is_some_and(|join| self.joins.joined(&join));
         RuleInfo {
             id: rule.id.clone(),
             rule: rule.to_string(),
             path: path.into(),
             engine: engine.into(),
-            reason: match port {
-                Some(port) => port.reason.clone(),
-                None => self.ports.why_not(&rule.ingress, &self.known).unwrap_or_else(|| "the rule is being put in force".into()),
+            reason: match (decision, found) {
+                (Some(decision), Some(_)) => decision.reason.clone(),
+                _ => self.ports.why_not(&rule.ingress, &self.known).unwrap_or_else(|| "the rule is being put in force".into()),
             },
             joined,
             query_age_ms: ifindex
@@ -214,7 +222,8 @@ impl Supervisor {
 
     /// `relay stats`.
     pub fn stats(&self) -> Stats {
-        let rules: Vec<RuleStats> = self.book.set.rules().iter().filter_map(|rule| self.rule_stats(rule)).collect();
+        let drops = self.kernel_drops();
+        let rules: Vec<RuleStats> = self.book.set.rules().iter().filter_map(|rule| self.rule_stats(rule, &drops)).collect();
         let mut interfaces: BTreeMap<String, InterfaceStats> = BTreeMap::new();
         for (number, port) in self.ports.list().iter().enumerate() {
             let entry = interfaces
@@ -267,36 +276,66 @@ impl Supervisor {
                 add(&mut entry.drops, DropReason::RxRingFull.name(), statistics.rx_ring_full);
                 taken += statistics.rx_dropped + statistics.rx_ring_full;
             }
-            self.add_passed(entry, number);
+            let carried = self.add_passed(entry, number);
+            taken += carried.packets;
+            bytes += carried.bytes;
         }
         entry.rx_packets += taken;
         entry.rx_bytes += bytes;
     }
 
-    fn add_passed(&self, entry: &mut InterfaceStats, number: usize) {
-        let Some(counters) = self.program.as_ref().and_then(|program| program.counters(number as u32).ok()) else { return };
+    /// Adds what XDP left to the kernel's stack; what the kernel path took.
+    fn add_passed(&self, entry: &mut InterfaceStats, number: usize) -> Counter {
+        let mut carried = Counter::default();
+        let Some(counters) = self.program.as_ref().and_then(|program| program.counters(number as u32).ok()) else { return carried };
         for (counter, value) in XdpCounter::ALL.iter().zip(counters) {
-            if *counter != XdpCounter::Redirected {
-                entry.passed += value.packets;
-                add(&mut entry.passed_by, counter.name(), value.packets);
+            match counter {
+                XdpCounter::Redirected => {}
+                XdpCounter::Kernel => carried = of_kernel(value),
+                _ => {
+                    entry.passed += value.packets;
+                    add(&mut entry.passed_by, counter.name(), value.packets);
+                }
             }
         }
+        carried
     }
 
-    fn rule_stats(&self, rule: &Rule) -> Option<RuleStats> {
+    fn kernel_tables(&self) -> Option<&KernelTables> {
+        self.program.as_ref()?.kernel().ok()
+    }
+
+    fn kernel_drops(&self) -> Drops {
+        self.kernel_tables().map(KernelTables::drops).unwrap_or_default()
+    }
+
+    fn rule_stats(&self, rule: &Rule, kernel_drops: &Drops) -> Option<RuleStats> {
         let slots = self.book.slots(&rule.id)?;
-        let rx = self.rule_counter(slots, rule_rx(slots.slot as usize));
+        let mut rx = self.rule_counter(slots, rule_rx(slots.slot as usize));
         let mut drops = BTreeMap::new();
+        if let Some(tables) = self.kernel_tables().filter(|_| self.kernel_path.counts(slots.slot, slots.serial)) {
+            rx = sum([rx, of_kernel(tables.rule_rx(slots.slot))].into_iter());
+        }
+        let dropped = kernel_drops.iter().filter(|(key, _)| key.kind == DROP_OF_RULE && (key.slot, key.serial) == (slots.slot, slots.serial));
+        for (key, value) in dropped {
+            let reason = DropReason::ALL.get(usize::from(key.reason)).map_or("unknown", |reason| reason.name());
+            add(&mut drops, reason, value.packets);
+        }
         for reason in DropReason::ALL {
             add(&mut drops, reason.name(), self.rule_counter(slots, rule_drop(slots.slot as usize, *reason)).packets);
         }
         let outputs = rule.outputs.iter().zip(&slots.outputs).enumerate();
-        let outputs = outputs.map(|(index, (output, slot))| self.output_stats(slots, index, output, *slot)).collect();
+        let outputs = outputs.map(|(index, (output, slot))| self.output_stats(slots, index, output, *slot, kernel_drops)).collect();
         Some(RuleStats { id: rule.id.clone(), rx_packets: rx.packets, rx_bytes: rx.bytes, drops, outputs })
     }
 
-    fn output_stats(&self, slots: &Slots, index: usize, output: &Output, slot: u32) -> OutputStats {
+    fn output_stats(&self, slots: &Slots, index: usize, output: &Output, slot: u32, kernel_drops: &Drops) -> OutputStats {
         let mut drops = BTreeMap::new();
+        let dropped = kernel_drops.iter().filter(|(key, _)| key.kind == DROP_OF_OUTPUT && (key.slot, key.serial) == (slot, slots.serial));
+        for (key, value) in dropped {
+            let reason = OutputDropReason::ALL.get(usize::from(key.reason)).map_or("unknown", |reason| reason.name());
+            add(&mut drops, reason, value.packets);
+        }
         let mut refused = Counter::default();
         for reason in OutputDropReason::ALL {
             let index = output_drop(slot as usize, *reason);
@@ -304,7 +343,10 @@ impl Supervisor {
             refused = refused.plus(late);
             add(&mut drops, reason.name(), self.rule_counter(slots, index).plus(late).packets);
         }
-        let tx = self.rule_counter(slots, output_tx(slot as usize)).less(refused);
+        let mut tx = self.rule_counter(slots, output_tx(slot as usize)).less(refused);
+        if let Some(tables) = self.kernel_tables().filter(|_| self.kernel_path.counts_output(slot, slots.slot, slots.serial)) {
+            tx = tx.plus(of_kernel(tables.output_tx(slot)));
+        }
         let to = match (output.to, output.port) {
             (None, None) => "keep".into(),
             (None, Some(port)) => format!(":{port}"),
@@ -344,8 +386,9 @@ impl Supervisor {
             })
             .cloned()
             .collect();
+        let drops = self.kernel_drops();
         for rule in gone {
-            let Some(stats) = self.rule_stats(&rule) else { continue };
+            let Some(stats) = self.rule_stats(&rule, &drops) else { continue };
             let entry = self.retired.entry(rule.ingress.clone()).or_default();
             entry[0] += stats.rx_packets;
             entry[1] += stats.rx_bytes;

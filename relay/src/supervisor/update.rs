@@ -12,6 +12,7 @@ use super::book::Book;
 use super::engine::Supervisor;
 use super::error::RunError;
 use super::joins::Join;
+use super::planning::Decisions;
 use super::ports::{self, Maker, Ports, Way};
 use super::view::View;
 use crate::control::message::Response;
@@ -51,6 +52,9 @@ pub struct Update {
     since: Instant,
     client: Option<ClientToken>,
     answer: Response,
+    decisions: Decisions,
+    /// The kernel path has been told what it shall carry.
+    told: bool,
 }
 
 impl Supervisor {
@@ -76,7 +80,7 @@ impl Supervisor {
     fn start_update(&mut self, set: RuleSet, client: Option<ClientToken>, answer: Response, strict: bool) -> Result<(), RunError> {
         let locks = self.locks_for(set.rules())?;
         let mark = self.ports.mark();
-        let (book, compiled, changed) = match self.prepare(set, strict) {
+        let (book, compiled, decisions, changed) = match self.prepare(set, strict) {
             Ok(prepared) => prepared,
             Err(error) => {
                 let (mut maker, ports) = self.maker();
@@ -85,7 +89,7 @@ impl Supervisor {
             }
         };
         self.locks.extend(locks);
-        let update = Update { book, compiled, stage: Stage::Replacing, since: Instant::now(), client, answer };
+        let update = Update { book, compiled, stage: Stage::Replacing, since: Instant::now(), client, answer, decisions, told: false };
         if changed && self.live {
             self.fleet.replace_all();
         }
@@ -95,7 +99,7 @@ impl Supervisor {
     }
 
     /// The ports, book and tables of a new set, and whether workers have to be replaced for it.
-    fn prepare(&mut self, set: RuleSet, strict: bool) -> Result<(Book, Compiled, bool), RunError> {
+    fn prepare(&mut self, set: RuleSet, strict: bool) -> Result<(Book, Compiled, Decisions, bool), RunError> {
         let needs = ports::needs(set.rules(), &self.options);
         let known = self.known.clone();
         let (mut maker, ports) = self.maker();
@@ -106,7 +110,13 @@ impl Supervisor {
         let compiled = book.compile(&view, &self.compiled)?;
         RulesSegment::check(&book.snapshot(self.epoch + 1, &mut view, Some(&self.book)))
             .map_err(|error| RunError::bad("rules", error, ""))?;
-        Ok((book, compiled, changed))
+        let decisions = self.decide(book.set.rules());
+        let there = |id: &String| book.set.get(id).is_some_and(|rule| ports::missing(std::slice::from_ref(rule), &self.known).is_empty());
+        let unmet = decisions.iter().filter_map(|(id, decision)| Some((id, decision.unmet.as_ref()?)));
+        if let Some((id, why)) = unmet.filter(|(id, _)| strict && there(id)).next() {
+            return Err(RunError::bad("path", format!("rule {id} can't take the kernel path: {why}"), "use path=auto"));
+        }
+        Ok((book, compiled, decisions, changed))
     }
 
     /// A rule whose interface is missing waits for it; said once, when it comes into the set.
@@ -168,18 +178,40 @@ impl Supervisor {
         if !self.acked(update) {
             return Ok(false);
         }
+        if !self.prepare_kernel(update)? {
+            return Ok(false);
+        }
         self.take_live()?;
         self.set_joins(update.book.set.rules());
         self.admit_unicast(update.book.set.rules())?;
         let steps = diff(&self.compiled, &update.compiled);
         self.apply_tables(steps)?;
         self.compiled = update.compiled.clone();
+        self.release_kernel(update)?;
         if !self.leaves(&update.book) {
             return Ok(true);
         }
         self.publish(&update.book, false)?;
         (update.stage, update.since) = (Stage::Clearing, Instant::now());
         Ok(false)
+    }
+
+    /// Old ∪ new on the kernel path, before any table names a new rule.
+    fn prepare_kernel(&mut self, update: &mut Update) -> Result<bool, RunError> {
+        if !update.told {
+            let mut target = self.kernel_path.target().clone();
+            target.extend(self.kernel_target_of(&self.published.rules, &update.book, &update.decisions));
+            self.kernel_path.want(target);
+            update.told = true;
+        }
+        self.kernel_turn()
+    }
+
+    /// New alone, once the tables name no rule that leaves: a slot rests, so nothing is missed by not waiting for packets.
+    fn release_kernel(&mut self, update: &Update) -> Result<(), RunError> {
+        let target = self.kernel_target_of(&self.published.rules, &update.book, &update.decisions);
+        self.kernel_path.want(target);
+        self.kernel_turn().map(drop)
     }
 
     fn acked(&mut self, update: &mut Update) -> bool {
@@ -260,22 +292,32 @@ impl Supervisor {
         Ok(())
     }
 
+    fn config_of(&self, step: &MapChange) -> Option<IngressConfig> {
+        let MapChange::IngressPut(ifindex, shapes) = step else { return None };
+        Some(self.ingress_config(*ifindex, shapes))
+    }
+
+    /// Addresses of ingress interfaces may be new.
+    pub(super) fn set_ingresses(&mut self) {
+        let configs: Vec<(u32, IngressConfig)> =
+            self.compiled.ingresses.iter().map(|(ifindex, shapes)| (*ifindex, self.ingress_config(*ifindex, shapes))).collect();
+        let Some(program) = self.program.as_mut() else { return };
+        for (ifindex, config) in configs {
+            if let Err(error) = program.set_ingress(ifindex, &config) {
+                tracing::warn!(ifindex, %error, "telling the program an interface's addresses");
+            }
+        }
+    }
+
     fn apply_tables(&mut self, steps: Vec<MapChange>) -> Result<(), RunError> {
-        let numbers: Vec<(u32, u32)> = self
-            .ports
-            .list()
-            .iter()
-            .enumerate()
-            .filter(|(_, port)| port.way == Way::Xsk && port.is_live())
-            .map(|(number, port)| (port.facts.ifindex, number as u32))
-            .collect();
-        let Some(program) = self.program.as_mut() else { return Ok(()) };
         let mut steps = steps.into_iter();
         for step in steps.by_ref() {
             if step == MapChange::Settle {
                 break;
             }
-            apply(program, &numbers, &step).map_err(RunError::failure)?;
+            let config = self.config_of(&step);
+            let Some(program) = self.program.as_mut() else { return Ok(()) };
+            apply(program, config.as_ref(), &step).map_err(RunError::failure)?;
         }
         let later: Vec<MapChange> = steps.collect();
         if !later.is_empty() {
@@ -291,7 +333,7 @@ impl Supervisor {
         self.deferred = later;
         let due: Vec<(Instant, Vec<MapChange>)> = due;
         for step in due.iter().flat_map(|(_, steps)| steps) {
-            if let Err(error) = apply(program, &[], step) {
+            if let Err(error) = apply(program, None, step) {
                 tracing::warn!(%error, "deleting an unused source set");
             }
         }
@@ -300,6 +342,7 @@ impl Supervisor {
     fn finish(&mut self, update: Update) {
         self.retire(&update.book);
         self.book = update.book;
+        self.decisions = update.decisions;
         self.ports.bury();
         // What came meanwhile, and the second half of a change of interfaces: those that came back.
         self.replan_at.get_or_insert_with(Instant::now);
@@ -317,16 +360,19 @@ impl Supervisor {
     fn abandon(&mut self, update: Update, error: &RunError) {
         tracing::error!(%error, "update failed: going back to the rules before");
         let steps = diff(&update.compiled, &self.compiled);
-        if let Some(program) = self.program.as_mut() {
-            for step in &steps {
+        for step in &steps {
+            let config = self.config_of(step);
+            if let Some(program) = self.program.as_mut() {
                 // Entries that were never made can't be deleted; that is all that may fail here.
-                let _ = apply(program, &[], step);
+                let _ = apply(program, config.as_ref(), step);
             }
         }
         let book = self.book.clone();
         if let Err(error) = self.publish(&book, false) {
             tracing::error!(%error, "putting the rules before back");
         }
+        let target = self.kernel_target_of(&self.published.rules, &self.book, &self.decisions);
+        self.kernel_path.want(target);
         if let Some(client) = update.client {
             self.server.reply(client, &Response::Error(error.body()));
         }
@@ -348,16 +394,11 @@ pub fn join_of(rule: &Rule, ifindex: u32) -> Option<Join> {
     })
 }
 
-fn apply(program: &mut Program, slots: &[(u32, u32)], step: &MapChange) -> Result<(), ProgramError> {
+fn apply(program: &mut Program, config: Option<&IngressConfig>, step: &MapChange) -> Result<(), ProgramError> {
     match step {
         MapChange::SourcePut(len, key, verdict) => program.insert_source(key, *len, verdict),
         MapChange::EntryPut(key, entry) => program.insert_match(key, entry),
-        MapChange::IngressPut(ifindex, shapes) => {
-            let slot = slots.iter().find(|(own, _)| own == ifindex).map_or(0, |(_, slot)| *slot);
-            let mut config = IngressConfig { slot, shape_count: shapes.len() as u32, ..IngressConfig::default() };
-            config.shapes.iter_mut().zip(shapes).for_each(|(to, from)| *to = *from);
-            program.set_ingress(*ifindex, &config)
-        }
+        MapChange::IngressPut(ifindex, _) => config.map_or(Ok(()), |config| program.set_ingress(*ifindex, config)),
         MapChange::IngressDelete(ifindex) => program.remove_ingress(*ifindex),
         MapChange::EntryDelete(key) => program.remove_match(key),
         MapChange::Settle => Ok(()),
