@@ -6,9 +6,7 @@
 use crate::packet::{self, Packet};
 use crate::sum::{fold, udp_sent};
 use aya_ebpf::programs::XdpContext;
-use relay_common::edit::{
-    Edit, SET_DPORT, SET_DSCP, SET_DST, SET_DST_MAC, SET_SPORT, SET_SRC, TTL_KEEP, TTL_SET, VLAN_KEEP, VLAN_NONE,
-};
+use relay_common::edit::{Edit, SET_DPORT, SET_DSCP, SET_DST, SET_DST_MAC, SET_SPORT, SET_SRC, TTL_KEEP, TTL_SET, VLAN_KEEP, VLAN_NONE};
 
 /// Ethernet header; a tag.
 pub const LINK_LEN: usize = 14;

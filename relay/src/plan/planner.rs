@@ -144,7 +144,10 @@ fn by_worker(facts: &Facts, before: &str) -> Decision {
 
 /// What keeps a rule from the kernel path; the first obstacle is named.
 fn obstacle(rule: &Rule, facts: &Facts) -> Option<String> {
-    by_rule(rule).or_else(|| facts.no_kernel.clone()).or_else(|| by_ingress(rule, facts)).or_else(|| facts.egress.iter().find_map(by_egress))
+    by_rule(rule)
+        .or_else(|| facts.no_kernel.clone())
+        .or_else(|| by_ingress(rule, facts))
+        .or_else(|| facts.egress.iter().find_map(by_egress))
 }
 
 fn by_rule(rule: &Rule) -> Option<String> {
@@ -166,7 +169,10 @@ fn by_ingress(rule: &Rule, facts: &Facts) -> Option<String> {
         Drive::Packet(why) => return Some(format!("no XDP program runs on {name} ({why})")),
     }
     if ingress.mtu > MAX_LINEAR_L3_LEN {
-        return Some(format!("packets of {name} may be larger than one page with its headroom (MTU {}, at most {MAX_LINEAR_L3_LEN})", ingress.mtu));
+        return Some(format!(
+            "packets of {name} may be larger than one page with its headroom (MTU {}, at most {MAX_LINEAR_L3_LEN})",
+            ingress.mtu
+        ));
     }
     let own = if rule.matching.group.addr.is_ipv4() { ingress.own4 } else { ingress.own6 };
     (own > MAX_OWN).then(|| format!("{name} has {own} addresses of its own, and the program compares a source with {MAX_OWN}"))

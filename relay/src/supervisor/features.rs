@@ -53,7 +53,8 @@ fn ask(socket: &Socket, family: u16, command: u8, kind: u16, value: &[u8]) -> io
     let (answer, _) = socket.recv_from_full()?;
     match answer.get(4..6) {
         Some(kind) if kind == ERROR.to_ne_bytes() => {
-            let errno = answer.get(HEADER_LEN..HEADER_LEN + 4).and_then(|bytes| <[u8; 4]>::try_from(bytes).ok()).map_or(0, i32::from_ne_bytes);
+            let errno =
+                answer.get(HEADER_LEN..HEADER_LEN + 4).and_then(|bytes| <[u8; 4]>::try_from(bytes).ok()).map_or(0, i32::from_ne_bytes);
             Err(io::Error::from_raw_os_error(-errno))
         }
         Some(_) => Ok(answer),

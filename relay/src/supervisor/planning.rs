@@ -128,7 +128,8 @@ impl Supervisor {
     /// An ingress interface's configuration.
     pub(super) fn ingress_config(&self, ifindex: u32, shapes: &[Shape]) -> IngressConfig {
         let slot = self.ports.list().iter().position(|port| port.way == Way::Xsk && port.facts.ifindex == ifindex);
-        let mut config = IngressConfig { slot: slot.unwrap_or(0) as u32, shape_count: shapes.len() as u32, kernel: 1, ..IngressConfig::default() };
+        let mut config =
+            IngressConfig { slot: slot.unwrap_or(0) as u32, shape_count: shapes.len() as u32, kernel: 1, ..IngressConfig::default() };
         config.shapes.iter_mut().zip(shapes).for_each(|(to, from)| *to = *from);
         if let Some(interface) = self.known.values().find(|interface| interface.ifindex == ifindex) {
             set_own(&mut config, interface);

@@ -16,8 +16,8 @@ use crate::nic::afpacket::Reason;
 use crate::nic::afxdp::program::KernelTables;
 use crate::nic::afxdp::program::kernel::Drops;
 use crate::plan::counters::{Counter, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx};
-use crate::plan::planner::Path;
 use crate::plan::fate::{DropReason, OutputDropReason};
+use crate::plan::planner::Path;
 use crate::plan::records::SnapshotRule;
 use crate::plan::status::{PORT_DOWN, PORT_GONE, RUNG_PLAIN, SendReport};
 use crate::rule::set::{RuleSet, SetDiff};
@@ -316,7 +316,8 @@ impl Supervisor {
         if let Some(tables) = self.kernel_tables().filter(|_| self.kernel_path.counts(slots.slot, slots.serial)) {
             rx = sum([rx, of_kernel(tables.rule_rx(slots.slot))].into_iter());
         }
-        let dropped = kernel_drops.iter().filter(|(key, _)| key.kind == DROP_OF_RULE && (key.slot, key.serial) == (slots.slot, slots.serial));
+        let dropped =
+            kernel_drops.iter().filter(|(key, _)| key.kind == DROP_OF_RULE && (key.slot, key.serial) == (slots.slot, slots.serial));
         for (key, value) in dropped {
             let reason = DropReason::ALL.get(usize::from(key.reason)).map_or("unknown", |reason| reason.name());
             add(&mut drops, reason, value.packets);

@@ -105,13 +105,7 @@ fn send<const L3: usize>(ctx: &XdpContext, config: &IngressConfig, plan: &Kernel
 }
 
 #[inline(always)]
-fn send_as<const L3: usize, const FAMILY: u8>(
-    ctx: &XdpContext,
-    config: &IngressConfig,
-    plan: &KernelPlan,
-    number: u32,
-    len: u32,
-) -> Fate {
+fn send_as<const L3: usize, const FAMILY: u8>(ctx: &XdpContext, config: &IngressConfig, plan: &KernelPlan, number: u32, len: u32) -> Fate {
     let buffer = SUM_BUFFER.get_ptr_mut(0).ok_or(TOO_BIG)?;
     let header = if FAMILY == 4 { sum::ipv4::<L3>(ctx, buffer)? } else { sum::ipv6::<L3>(ctx)? };
     if is_own::<FAMILY>(config, &header) {

@@ -5,6 +5,7 @@
 //! open).
 #![expect(unsafe_code, reason = "exported names and sections; map values are borrowed from the kernel")]
 
+use crate::kernel;
 use aya_ebpf::{
     bindings::xdp_action::{XDP_PASS, XDP_REDIRECT},
     btf_maps::{HashMap, LpmTrie, PerCpuArray, XskMap, lpm_trie::Key},
@@ -12,7 +13,6 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use core::hint::black_box;
-use crate::kernel;
 use relay_common::{
     COUNTER_SLOTS, IngressConfig, MAX_INTERFACES, MAX_MATCHES, MAX_QUEUES, MAX_SHAPES, MAX_SOURCES, META_MAGIC, MatchEntry, MatchKey,
     NO_CONFIG_SLOT, NO_SLOT, PORT_EXACT, RedirectMeta, SOURCE_KEY_BITS, Shape, SourceKey, SourceVerdict, TAG_EXACT, XdpCounter,

@@ -129,7 +129,9 @@ impl KernelTables {
         let table = Arc::clone(&self.broadcasts);
         let work = move || {
             let mut table = table.lock().unwrap_or_else(PoisonError::into_inner);
-            broadcasts.iter().try_for_each(|(plan, devmap)| table.set(*plan, devmap, 0).map_err(on("BROADCASTS", "setting a plan's devmap")))
+            broadcasts
+                .iter()
+                .try_for_each(|(plan, devmap)| table.set(*plan, devmap, 0).map_err(on("BROADCASTS", "setting a plan's devmap")))
         };
         let thread = std::thread::Builder::new().name("broadcasts".into()).spawn(work);
         thread.map(Install).map_err(|error| ProgramError::Diagnostics(format!("starting a thread: {error}")))
@@ -173,7 +175,9 @@ impl KernelTables {
 }
 
 fn sum(values: &PerCpuValues<CounterValue>) -> CounterValue {
-    values.iter().fold(CounterValue::default(), |sum, one| CounterValue { packets: sum.packets + one.packets, bytes: sum.bytes + one.bytes })
+    values
+        .iter()
+        .fold(CounterValue::default(), |sum, one| CounterValue { packets: sum.packets + one.packets, bytes: sum.bytes + one.bytes })
 }
 
 fn total(map: &PerCpuArray<MapData, CounterValue>, index: u32) -> CounterValue {
