@@ -68,6 +68,8 @@ pub struct Port {
     pub attached: bool,
     /// Its interface is gone; the sockets go as soon as the workers have taken their frames back.
     pub retired: bool,
+    /// It is open, and has no sockets since there are no workers (`--backend kernel`).
+    pub workerless: bool,
     /// What sockets that are gone had dropped: without a free frame, with a full ring.
     pub past_drops: [u64; 2],
 }
@@ -80,7 +82,7 @@ impl Port {
 
     /// Whether it can receive and send: its interface is there, and so are its sockets.
     pub fn is_live(&self) -> bool {
-        !self.retired && !self.sockets.is_empty()
+        !self.retired && (self.workerless || !self.sockets.is_empty())
     }
 }
 
@@ -367,7 +369,7 @@ impl Maker<'_> {
                 port.past_drops[0] += statistics.rx_dropped;
                 port.past_drops[1] += statistics.rx_ring_full;
             }
-            (port.retired, port.attached) = (true, false);
+            (port.retired, port.attached, port.workerless) = (true, false, false);
             ports.burials += 1;
         }
     }
@@ -384,6 +386,7 @@ impl Maker<'_> {
             }
             if !live {
                 port.sockets.clear();
+                port.workerless = false;
             }
             (port.ingress, port.egress) = (used.ingress, used.egress);
         }
@@ -549,6 +552,7 @@ impl Maker<'_> {
             sockets,
             attached: used.ingress,
             retired: false,
+            workerless: self.umems.is_empty(),
             past_drops: [0; 2],
         })
     }
@@ -577,6 +581,7 @@ impl Maker<'_> {
             sockets,
             attached: false,
             retired: false,
+            workerless: self.umems.is_empty(),
             past_drops: [0; 2],
         })
     }
