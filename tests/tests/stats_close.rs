@@ -58,7 +58,6 @@ fn assert_interfaces_close(stats: &Value) {
 fn assert_closes(stats: &Value) {
     assert_rules_conserved(stats);
     assert_interfaces_close(stats);
-    assert!(number(&stats["frames"]["total"]) > 0, "{stats}");
     assert_frames_conserved(stats);
 }
 
@@ -66,6 +65,7 @@ fn assert_closes(stats: &Value) {
 fn closes(relay: &RelayProcess, before: &Value, expected: &Moved) -> Value {
     let after = await_moved(relay, before, "a", expected).unwrap();
     assert_closes(&after);
+    assert!(relay.worker_pids().unwrap().is_empty() || number(&after["frames"]["total"]) > 0, "{after}");
     after
 }
 
@@ -164,7 +164,7 @@ fn other_traffic_is_nobodys_packet(path: &Path) {
     }
     let after = closes(&relay, &before, &Moved::all(0, 1));
     assert_eq!(interface(&after, "r0")["rx_packets"], interface(&before, "r0")["rx_packets"], "{after}");
-    if path.path == "xsk" {
+    if path.path != "packet" {
         let passed = number(&interface(&after, "r0")["passed"]) - number(&interface(&before, "r0")["passed"]);
         assert!(passed >= 3 * COUNT, "{after}");
         assert_eq!(sum(&interface(&after, "r0")["passed_by"]), number(&interface(&after, "r0")["passed"]), "{after}");
@@ -182,7 +182,7 @@ fn malformed_packets_reach_no_rule(path: &Path) {
         let before = relay.stats().unwrap();
         inject(&lab, &frame);
         await_growth(&relay, &before, |stats| match path.path {
-            "xsk" => number(&interface(stats, "r0")["passed"]) + sum(&interface(stats, "r0")["drops"]),
+            "xsk" | "kernel" => number(&interface(stats, "r0")["passed"]) + sum(&interface(stats, "r0")["drops"]),
             _ => sum(&interface(stats, "r0")["drops"]),
         });
         let after = relay.stats().unwrap();
