@@ -112,8 +112,8 @@ impl Supervisor {
             .map_err(|error| RunError::bad("rules", error, ""))?;
         let decisions = self.decide(book.set.rules());
         let there = |id: &String| book.set.get(id).is_some_and(|rule| ports::missing(std::slice::from_ref(rule), &self.known).is_empty());
-        let unmet = decisions.iter().filter_map(|(id, decision)| Some((id, decision.unmet.as_ref()?)));
-        if let Some((id, why)) = unmet.filter(|(id, _)| strict && there(id)).next() {
+        let mut unmet = decisions.iter().filter_map(|(id, decision)| Some((id, decision.unmet.as_ref()?)));
+        if let Some((id, why)) = unmet.find(|(id, _)| strict && there(id)) {
             return Err(RunError::bad("path", format!("rule {id} can't take the kernel path: {why}"), "use path=auto"));
         }
         Ok((book, compiled, decisions, changed))
