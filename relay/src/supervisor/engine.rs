@@ -385,7 +385,7 @@ impl Supervisor {
     }
 
     /// Interfaces are the ones they were; addresses, states, neighbours may be others.
-    fn replan_outputs(&mut self) -> Result<(), RunError> {
+    pub(super) fn replan_outputs(&mut self) -> Result<(), RunError> {
         self.ports.refresh(&self.known);
         self.set_ingresses();
         let mut view = View::new(&self.ports, &self.known, &mut self.interfaces);

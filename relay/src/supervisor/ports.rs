@@ -349,8 +349,11 @@ impl Maker<'_> {
                 }
                 Err(error) if strict && !ports.was_there(&key) => return Err(error),
                 Err(error) => {
-                    tracing::warn!(interface = %name, %error, "not opened, tried again every second");
-                    ports.refused.insert(key, (error.to_string(), Instant::now()));
+                    let why = error.to_string();
+                    if ports.refused.get(&key).is_none_or(|(known, _)| *known != why) {
+                        tracing::warn!(interface = %name, %error, "not opened, tried again every second");
+                    }
+                    ports.refused.insert(key, (why, Instant::now()));
                 }
             }
         }

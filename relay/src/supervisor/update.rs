@@ -89,6 +89,9 @@ impl Supervisor {
             }
         };
         self.locks.extend(locks);
+        if !strict && !changed {
+            return self.replan_outputs();
+        }
         let update = Update { book, compiled, stage: Stage::Replacing, since: Instant::now(), client, answer, decisions, told: false };
         if changed && self.live {
             self.fleet.replace_all();
@@ -343,9 +346,10 @@ impl Supervisor {
         self.retire(&update.book);
         self.book = update.book;
         self.decisions = update.decisions;
-        self.ports.bury();
-        // What came meanwhile, and the second half of a change of interfaces: those that came back.
-        self.replan_at.get_or_insert_with(Instant::now);
+        if self.ports.bury() {
+            // The second half of a change of interfaces: those that came back.
+            self.replan_at.get_or_insert_with(Instant::now);
+        }
         tracing::info!(rules = self.book.set.rules().len(), epoch = self.epoch, "rules in force");
         if let Some(client) = update.client {
             self.server.reply(client, &update.answer);
