@@ -292,7 +292,7 @@ fn privileges_limits_and_cpus() {
     assert_eq!(under(&without("-bpf,-sys_admin"), "kernel").0.0, "skip");
     let limited = [vec!["prlimit".to_owned(), "--memlock=4194304".into()], without("-ipc_lock,-sys_resource")].concat();
     let ((verdict, reason, remedy), _) = under(&limited, "memlock");
-    assert!(verdict == "fail" && reason.contains("needs 32768 KiB locked, the limit is 4096 KiB"), "{reason}");
+    assert!(verdict == "fail" && reason.contains("needs 65536 KiB locked, the limit is 4096 KiB"), "{reason}");
     assert!(remedy.starts_with("ulimit -l unlimited") && remedy.contains("--frames N"), "{remedy}");
     let prefix: Vec<&str> = limited.iter().map(String::as_str).collect();
     let (report, _) = doctor_under(&lab.relay, &prefix, &["r0", "--listen", "0", "--frames", "1024"]);

@@ -98,7 +98,7 @@ fn metrics_parse_and_sum_to_what_the_receiver_saw() {
     assert_eq!(sum(&samples, "relay_interface_rx_packets_total", "interface=\"r0\""), 3250);
     assert_eq!(sum(&samples, "relay_worker_running", "state=\"run\""), 1);
     assert_eq!(sum(&samples, "relay_rule_joined", ""), 2);
-    assert_eq!(sum(&samples, "relay_frames", ""), 16_384);
+    assert_eq!(sum(&samples, "relay_frames", ""), 32_768);
     documented(&samples);
     the_rest_of_http(&lab);
     ends_with_its_relay(relay);

@@ -27,7 +27,7 @@ pub(super) struct DoctorArgs {
     #[arg(long, value_name = "N")]
     workers: Option<u32>,
     /// Frames of packet memory per worker
-    #[arg(long, value_name = "N", default_value = "16384", value_parser = values::frames)]
+    #[arg(long, value_name = "N", default_value = "32768", value_parser = values::frames)]
     frames: u32,
     /// How long to listen for queriers and TTLs; 0: not at all
     #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = values::duration)]

@@ -22,6 +22,8 @@ mod run;
 mod send;
 mod stats;
 mod status;
+#[cfg(feature = "top")]
+mod top;
 mod usage;
 pub mod values;
 mod why;
@@ -87,6 +89,9 @@ enum Command {
     Status,
     /// Counters of interfaces, rules, outputs and frames
     Stats,
+    /// Live view of rules, interfaces and workers
+    #[cfg(feature = "top")]
+    Top(top::TopArgs),
     /// Examine this machine before packets are lost: each trap in one line, with its remedy; exit code 5 if something fails
     Doctor(doctor::DoctorArgs),
     /// Why a rule moves no packets, in sentences; exit code 5 if it does not
@@ -161,6 +166,8 @@ fn dispatch(command: Command, context: &Context) -> Outcome {
         Command::Check(args) => check::run(&args, context),
         Command::Status => status::run(context),
         Command::Stats => stats::run(context),
+        #[cfg(feature = "top")]
+        Command::Top(args) => top::run(&args, context),
         Command::Doctor(args) => doctor::run(&args, context),
         Command::Why(args) => why::run(&args, context),
         Command::Channels => channels::run(context),

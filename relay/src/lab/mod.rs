@@ -22,6 +22,7 @@ pub mod socket;
 pub mod sockets_relay;
 pub mod tally;
 pub mod topology;
+mod userns;
 pub mod xdp;
 #[cfg(feature = "peers")]
 pub mod xsk;

@@ -14,6 +14,7 @@ use super::kernel_path::KernelPath;
 use super::locks::Lock;
 use super::loops::Loops;
 use super::netlink::{Event, Watch};
+use super::notify::Notify;
 use super::options::{BackendChoice, Options};
 use super::planning::{Decisions, Redirectable};
 use super::ports::{self, Ports, Way};
@@ -95,6 +96,7 @@ pub struct Supervisor {
     loops_at: Instant,
     stopping: bool,
     signals: SignalFd,
+    notify: Notify,
 }
 
 fn failed<E: std::fmt::Display>(what: &'static str) -> impl Fn(E) -> RunError {
@@ -202,6 +204,7 @@ impl Supervisor {
             loops_at: Instant::now(),
             stopping: false,
             signals,
+            notify: Notify::from_environment(),
         };
         supervisor.segment.publish(&Snapshot::default()).map_err(failed("rules segment"))?;
         Ok(supervisor)
@@ -227,6 +230,7 @@ impl Supervisor {
                 self.loops_at = now + LOOPS_PERIOD;
                 self.look_for_loops(now);
             }
+            self.notify.turn(Instant::now(), self.announced && self.update.is_none() && !self.reload_due);
             if let Some(error) = self.fatal.take() {
                 self.stop();
                 return Err(error);
@@ -271,6 +275,7 @@ impl Supervisor {
             return;
         }
         self.reload_due = false;
+        self.notify.reloading();
         let loaded = load(&self.options);
         let outcome = loaded.and_then(|set| {
             let change = self.book.set.diff(&set);
@@ -279,6 +284,9 @@ impl Supervisor {
         });
         if let Err(error) = outcome {
             tracing::error!(%error, "configuration refused, nothing changed");
+            self.notify.status(&format!("configuration refused: {error}"));
+        } else {
+            self.notify.status("forwarding");
         }
     }
 
@@ -424,6 +432,7 @@ impl Supervisor {
 
     /// Detach, drain, stop, join (every wait bounded).
     fn stop(&mut self) {
+        self.notify.stopping();
         if let Some(program) = self.program.as_mut() {
             for (number, port) in self.ports.list().iter().enumerate().filter(|(_, port)| port.way == Way::Xsk && port.attached) {
                 ports::go_dark(program, number, port);

@@ -20,6 +20,7 @@ pub mod netlink;
 #[cfg(test)]
 mod netns;
 pub mod next_hop;
+pub mod notify;
 pub mod options;
 mod planning;
 pub mod ports;

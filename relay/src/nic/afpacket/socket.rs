@@ -85,7 +85,7 @@ pub fn open_receive(ifindex: u32, unicast: &[IpAddr], fanout: Option<Fanout>) ->
     set_option(&fd, libc::SOL_PACKET, libc::PACKET_AUXDATA, &1).map_err(at("PACKET_AUXDATA"))?;
     set_option(&fd, libc::SOL_PACKET, libc::PACKET_VNET_HDR, &1).map_err(at("PACKET_VNET_HDR"))?;
     set_option(&fd, libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, &1).map_err(at("PACKET_IGNORE_OUTGOING"))?;
-    set_option(&fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &RECEIVE_QUEUE_LEN).map_err(at("SO_RCVBUFFORCE"))?;
+    set_queue(&fd, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, &RECEIVE_QUEUE_LEN).map_err(at("SO_RCVBUFFORCE"))?;
     bind(&fd, ifindex, libc::ETH_P_ALL as u16).map_err(at("bind"))?;
     if let Some(fanout) = fanout {
         set_option(&fd, libc::SOL_PACKET, libc::PACKET_FANOUT, &fanout.raw()).map_err(at("PACKET_FANOUT"))?;
@@ -115,7 +115,7 @@ pub fn open_send(ifindex: u32) -> Result<OwnedFd, SocketError> {
         Ok(()) | Err(Errno::ENOPROTOOPT) => {}
         Err(errno) => return Err(at("PACKET_QDISC_BYPASS")(errno)),
     }
-    set_option(&fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &SEND_QUEUE_LEN).map_err(at("SO_SNDBUFFORCE"))?;
+    set_queue(&fd, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, &SEND_QUEUE_LEN).map_err(at("SO_SNDBUFFORCE"))?;
     bind(&fd, ifindex, 0).map_err(at("bind"))?;
     Ok(fd)
 }
@@ -161,6 +161,14 @@ fn bind(fd: &OwnedFd, ifindex: u32, protocol: u16) -> Result<(), Errno> {
     let len = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
     // SAFETY: the kernel reads `len` bytes, the size of `address`, which lives through the call.
     Errno::result(unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), len) }).map(drop)
+}
+
+/// The size of a queue; in a user namespace, where nobody may force it, as much of it as the host allows (net.core.rmem_max).
+fn set_queue(fd: &impl AsFd, forced: libc::c_int, asked: libc::c_int, len: &libc::c_int) -> Result<(), Errno> {
+    match set_option(fd, libc::SOL_SOCKET, forced, len) {
+        Err(Errno::EPERM) => set_option(fd, libc::SOL_SOCKET, asked, len),
+        other => other,
+    }
 }
 
 /// Sets an option whose value is `T` as the kernel declares it.
