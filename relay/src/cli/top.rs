@@ -272,7 +272,7 @@ fn draw(frame: &mut Frame<'_>, screen: &Screen) {
 fn title(screen: &Screen) -> Line<'static> {
     let status = &screen.now.status;
     let frames = &screen.now.stats.frames;
-    let free = if frames.total == 0 { 0 } else { frames.free * 100 / frames.total };
+    let free = (frames.free * 100).checked_div(frames.total).unwrap_or(0);
     Line::from(format!(
         "relay {}  up {}  {} rules  epoch {}  frames {free}% free{}",
         status.version,
@@ -392,8 +392,8 @@ mod tests {
             rule: format!("eth0 239.1.1.1:5000 -> eth1; id={id}"),
             path: "xsk".into(),
             engine: "tx".into(),
-            reason: String::new(),
             joined: true,
+            ..RuleInfo::default()
         };
         let ids: Vec<String> = (0..30).map(|n| format!("rule-{n:02}")).collect();
         let rules = ids.iter().enumerate().map(|(n, id)| rule(id, packets * n as u64, if n == 7 { packets } else { 0 })).collect();
