@@ -1,5 +1,4 @@
 //! The relay as a service and without root: what it tells the service manager, how exposed its unit is, and the demo of an ordinary user.
-#![expect(clippy::unwrap_used, reason = "a test that cannot set up its world has failed")]
 
 use nix::sys::signal::Signal;
 use relay::lab::{Lab, RelayProcess};
