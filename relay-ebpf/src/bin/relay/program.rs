@@ -39,6 +39,12 @@ fn relay(ctx: XdpContext) -> u32 {
     handle::<true>(&ctx)
 }
 
+/// The same without the kernel path, for a loader without CAP_PERFMON: the verifier refuses what the kernel path does then.
+#[xdp(frags)]
+fn relay_plain(ctx: XdpContext) -> u32 {
+    handle::<false>(&ctx)
+}
+
 /// The same without the kernel path, for a kernel that refuses programs for packets in several buffers (before 5.18).
 #[xdp]
 fn relay_single(ctx: XdpContext) -> u32 {

@@ -30,9 +30,21 @@ pub static RELAY_LOG_OBJECT: &[u8] = aya::include_bytes_aligned!("object/relay-l
 /// The programs of benchmarks and tests.
 pub static LAB_OBJECT: &[u8] = aya::include_bytes_aligned!("object/lab.bpf.o");
 
-/// The program for packets in several buffers, and the one for kernels that refuse it.
-const MULTI_BUFFER_PROGRAM: &str = "relay";
-const SINGLE_BUFFER_PROGRAM: &str = "relay_single";
+/// The programs, best first: with the kernel path (needs CAP_PERFMON), without it, and for kernels that refuse programs for
+/// packets in several buffers.
+const RUNGS: [Rung; 3] = [
+    Rung { program: "relay", multi_buffer: true, kernel: true },
+    Rung { program: "relay_plain", multi_buffer: true, kernel: false },
+    Rung { program: "relay_single", multi_buffer: false, kernel: false },
+];
+
+/// One of the programs that can be loaded.
+#[derive(Clone, Copy, Debug)]
+struct Rung {
+    program: &'static str,
+    multi_buffer: bool,
+    kernel: bool,
+}
 
 /// How to load.
 #[derive(Clone, Copy, Debug)]
@@ -72,7 +84,7 @@ pub struct Program {
     sockets: XskMap<MapData>,
     counters: PerCpuArray<MapData, CounterValue>,
     diagnostics: Option<Box<dyn FnMut() + Send>>,
-    multi_buffer: bool,
+    rung: Rung,
     kernel: Result<KernelTables, String>,
     ebpf: Ebpf,
 }
@@ -81,19 +93,20 @@ impl Program {
     /// Loads the object and has the kernel verify the program: the one for packets in several buffers, or, where the
     /// kernel refuses that (before 5.18), the other. Needs CAP_BPF and CAP_NET_ADMIN.
     pub fn load(options: &LoadOptions<'_>) -> Result<Self, ProgramError> {
-        if options.single_buffer {
-            return Self::load_as(options, false);
+        let mut first = None;
+        for rung in RUNGS.into_iter().filter(|rung| !options.single_buffer || !rung.multi_buffer) {
+            match Self::load_as(options, rung, first.as_ref()) {
+                Err(refused @ ProgramError::Load { .. }) => first = first.or(Some(refused)),
+                other => return other,
+            }
         }
-        Self::load_as(options, true).or_else(|refused| match refused {
-            ProgramError::Load { .. } => Self::load_as(options, false).map_err(|_also| refused),
-            other => Err(other),
-        })
+        Err(first.unwrap_or(ProgramError::Missing { kind: "program", name: "relay" }))
     }
 
-    fn load_as(options: &LoadOptions<'_>, multi_buffer: bool) -> Result<Self, ProgramError> {
-        let mut ebpf = open(options, multi_buffer)?;
-        let name = program_name(multi_buffer);
-        xdp(&mut ebpf, name)?.load().map_err(|error| ProgramError::load(name, error))?;
+    /// `refused`: what the kernel said of the rung above.
+    fn load_as(options: &LoadOptions<'_>, rung: Rung, refused: Option<&ProgramError>) -> Result<Self, ProgramError> {
+        let mut ebpf = open(options, rung.multi_buffer)?;
+        xdp(&mut ebpf, rung.program)?.load().map_err(|error| ProgramError::load(rung.program, error))?;
         let diagnostics = if options.diagnostics { Some(logger(&mut ebpf)?) } else { None };
         Ok(Self {
             links: BTreeMap::new(),
@@ -103,15 +116,15 @@ impl Program {
             sockets: map(&mut ebpf, "XSKS")?,
             counters: map(&mut ebpf, "COUNTERS")?,
             diagnostics,
-            multi_buffer,
-            kernel: kernel_tables(&mut ebpf, multi_buffer),
+            kernel: kernel_tables(&mut ebpf, rung, refused),
+            rung,
             ebpf,
         })
     }
 
     /// Whether packets in several buffers reach the program (else the driver limits the MTU).
     pub fn multi_buffer(&self) -> bool {
-        self.multi_buffer
+        self.rung.multi_buffer
     }
 
     /// The kernel path's tables, or why there is none.
@@ -210,12 +223,8 @@ impl Program {
 
     /// The loaded program, for test runs.
     pub fn program(&mut self) -> Result<&mut Xdp, ProgramError> {
-        xdp(&mut self.ebpf, program_name(self.multi_buffer))
+        xdp(&mut self.ebpf, self.rung.program)
     }
-}
-
-const fn program_name(multi_buffer: bool) -> &'static str {
-    if multi_buffer { MULTI_BUFFER_PROGRAM } else { SINGLE_BUFFER_PROGRAM }
 }
 
 /// Creates the maps. No CO-RE relocation is in the object, so the kernel's own BTF isn't read.
@@ -231,10 +240,9 @@ fn open(options: &LoadOptions<'_>, multi_buffer: bool) -> Result<Ebpf, ProgramEr
     loader.load(options.object.unwrap_or(embedded)).map_err(|error| ProgramError::Object(Box::new(error)))
 }
 
-/// Only the program for packets in several buffers has the kernel path: what calls it needs 5.18 anyway.
-fn kernel_tables(ebpf: &mut Ebpf, multi_buffer: bool) -> Result<KernelTables, String> {
-    if !multi_buffer {
-        return Err("the kernel refuses programs for packets in several buffers (before 5.18)".into());
+fn kernel_tables(ebpf: &mut Ebpf, rung: Rung, refused: Option<&ProgramError>) -> Result<KernelTables, String> {
+    if !rung.kernel {
+        return Err(refused.map_or_else(|| "this program has no kernel path".into(), ToString::to_string));
     }
     KernelTables::load(ebpf).map_err(|error| error.to_string())
 }
