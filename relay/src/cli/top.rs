@@ -447,8 +447,8 @@ mod tests {
         assert_eq!(lines[1], "WORKER STATE     PID      CPU  LOOP             BEAT       RESTARTS");
         assert_eq!(lines[2], "0      run       4711     1    fused adaptive   40 ms      0");
         assert_eq!(lines[4], "eth0            af_xdp_copy       100.0k   0        0        0");
-        assert_eq!(lines[5], "RULE           PATH    JOINED IN/s    OUT/s   Mbit/s  DROP/s  REASON");
-        assert_eq!(lines[6], "rule-29        xsk     yes    2.90M   2.90M   2900    0");
+        assert_eq!(lines[5], "RULE             PATH    JOINED IN/s    OUT/s   Mbit/s  DROP/s  REASON");
+        assert_eq!(lines[6], "rule-29          xsk     yes    2.90M   2.90M   2900    0");
         assert_eq!(lines[23], "q quit  s sort (in)  / filter  p pause  ↑↓ scroll");
         assert!(lines.iter().all(|line| line.chars().count() <= 80));
     }

@@ -173,6 +173,6 @@ mod tests {
     fn an_ordinary_user_is_told_without_alarm() {
         assert_eq!(capabilities(Set::EMPTY, false).verdict, Verdict::Warn);
         let fail = capabilities(Set::SUPERVISOR, true);
-        assert!(fail.verdict == Verdict::Fail && fail.remedy.contains("--cap-add CAP_IPC_LOCK --cap-add CAP_PERFMON"), "{fail:?}");
+        assert!(fail.verdict == Verdict::Fail && fail.remedy.contains("--cap-add CAP_PERFMON"), "{fail:?}");
     }
 }
