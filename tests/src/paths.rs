@@ -94,8 +94,26 @@ pub const XSK_SPLIT: Path = Path { name: "xsk split", args: &["--backend", "xsk"
 pub const PACKET: Path = Path { name: "packet", args: &["--backend", "packet"], path: "packet", engine: "uring" };
 /// The XDP program alone.
 pub const KERNEL: Path = Path { name: "kernel", args: &["--backend", "kernel"], path: "kernel", engine: "xdp" };
+/// AF_XDP in, super-frames through AF_PACKET out, one thread.
+pub const XSK_COALESCE: Path = Path { name: "xsk coalesce", engine: "coalesce", ..XSK_FUSED };
+/// The same with two threads.
+pub const XSK_COALESCE_SPLIT: Path = Path { name: "xsk coalesce split", engine: "coalesce", ..XSK_SPLIT };
+/// AF_PACKET with io_uring in, super-frames out.
+pub const PACKET_COALESCE: Path = Path { name: "packet coalesce", engine: "coalesce", ..PACKET };
 /// All of them.
 pub const PATHS: [Path; 4] = [XSK_FUSED, XSK_SPLIT, PACKET, KERNEL];
+
+/// Makes a module of three tests with the coalescing engine, one a path, from each `fn(&Path)`.
+#[macro_export]
+macro_rules! coalescing {
+    ($($name:ident),+ $(,)?) => {$(
+        mod $name {
+            $crate::on_path!(xsk_fused, $name, XSK_COALESCE);
+            $crate::on_path!(xsk_split, $name, XSK_COALESCE_SPLIT);
+            $crate::on_path!(packet, $name, PACKET_COALESCE);
+        }
+    )+};
+}
 
 /// Makes a module of four tests, one a path, from each `fn(&Path)`.
 #[macro_export]
@@ -126,6 +144,7 @@ macro_rules! on_path {
 impl Path {
     /// Starts a relay on this path with these rules; it forwards when this returns, and every rule goes this way.
     pub fn start(&self, lab: &Lab, rules: &[&str]) -> Result<RelayProcess> {
+        let rules: Vec<String> = rules.iter().map(|rule| self.rule(rule)).collect();
         let mut args = self.args.to_vec();
         args.extend(rules.iter().flat_map(|rule| ["--rule", rule]));
         renice("-15");
@@ -134,6 +153,15 @@ impl Path {
         let relay = relay?;
         self.check(&relay)?;
         Ok(relay)
+    }
+
+    /// A rule, with the engine named where it is not chosen by itself.
+    pub fn rule(&self, rule: &str) -> String {
+        match (self.engine, rule.contains(';')) {
+            ("coalesce", true) => format!("{rule} engine=coalesce"),
+            ("coalesce", false) => format!("{rule}; engine=coalesce"),
+            _ => rule.into(),
+        }
     }
 
     /// Fails unless every rule says this path and this engine.

@@ -127,7 +127,6 @@ fn a_run_with_bad_arguments_changes_nothing() {
             "r2 239.1.1.1:5000 -> r1 [ff3e::1]",
             "r2 224.0.0.5:5000 -> r1",
             "r2 239.1.1.1:5000 -> r1 ; path=kernel",
-            "r2 239.1.1.1:5000 -> r1 ; engine=coalesce",
         ] {
             refused_run(lab, &["--rule", rule], 2);
         }

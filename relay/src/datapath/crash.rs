@@ -3,7 +3,7 @@
 //!
 //! The worlds are small, so that every kill of the first worker meets (nearly) every kill of the second.
 
-use super::egress::{Egress, EgressBooks, EgressPort, PortState};
+use super::egress::{Egress, EgressBooks, EgressPort, Lane, PortState};
 use super::ingress::{Ingress, IngressParts, IngressPort};
 use super::journal::Journal;
 use super::table::{OutputPlan, RulePlan, Table};
@@ -140,6 +140,8 @@ impl World {
         let port = |number: usize| EgressPort {
             transmit: MemoryTransmit::new(&self.wires[number], &self.umem, held_by_senders.clone()),
             ring: Consumer::attach(memory.clone(), layout.egress_ring(number)).unwrap(),
+            coalescer: None,
+            lane: Lane::Direct,
             number,
             state: PortState::default(),
         };
@@ -324,7 +326,7 @@ fn output(slot: u32, port: u32, edit: Edit) -> OutputPlan {
     let mut dst = [0; 16];
     dst[..4].copy_from_slice(&[239, 9, 9, slot as u8]);
     let edit = Edit { family: 4, flags: SET_DST | SET_DPORT, dst, dport: 6000, src_mac: [2, 0, 0, 0, 9, slot as u8], ..edit };
-    OutputPlan { slot, port, blocked: None, edit, gap: 0 }
+    OutputPlan { slot, port, blocked: None, coalesce: false, edit, gap: 0 }
 }
 
 /// One output that is not idempotent: one hop less, new group, a tag pushed over the hint.

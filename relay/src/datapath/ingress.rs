@@ -11,7 +11,7 @@ use super::rewrite::{Checked, inspect, rewrite};
 use super::table::{OutputPlan, RulePlan, Table};
 use super::tally::Tally;
 use crate::frame::HeldMap;
-use crate::frame::{CONTINUES, FRAME_SIZE, Frame, HEADROOM, MAX_FRAGMENTS, Pool, RawDesc, Umem};
+use crate::frame::{COALESCE, CONTINUES, FRAME_SIZE, Frame, HEADROOM, MAX_FRAGMENTS, Pool, RawDesc, Umem};
 use crate::nic::{BATCH_DESCS, BATCH_LEN, Batch, Fragment, Packet, Receive, TAKEN_DESCS};
 use crate::plan::counters::{Counter, MAX_PORTS, output_clock, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx};
 use crate::plan::fate::{DropReason, OutputDropReason};
@@ -587,7 +587,8 @@ impl Hand<'_> {
         let (Some(staged), Some(room)) = (self.staging.staged.get_mut(port), self.staging.room.get_mut(port)) else { return };
         let last = fragments.len().saturating_sub(1);
         for (index, Fragment { frame, offset, len }) in fragments.into_iter().enumerate() {
-            let options = RawDesc::options(output.slot, if index < last { CONTINUES } else { 0 });
+            let flags = if output.coalesce { COALESCE } else { 0 } | if index < last { CONTINUES } else { 0 };
+            let options = RawDesc::options(output.slot, flags);
             let desc = RawDesc { addr: frame.base() + u64::from(offset), len, options };
             if let (Some(Some(ring)), false) = (self.egress.get_mut(port), skip) {
                 ring.write(*staged, desc);

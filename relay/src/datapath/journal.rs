@@ -120,6 +120,10 @@ pub const MOVE_SEND: u32 = 3;
 pub const MOVE_REAP: u32 = 4;
 /// Egress ring to the return ring (the interface is gone).
 pub const MOVE_DISCARD: u32 = 5;
+/// Egress ring to a coalescing half, which dies with the worker and sends nothing before the ring was released.
+pub const MOVE_COALESCE: u32 = 6;
+/// What a coalescing half has finished to the return ring.
+pub const MOVE_REAP_COALESCED: u32 = 7;
 
 const STATE: usize = 0;
 const ATTEMPTS: usize = 4;

@@ -5,7 +5,7 @@
 use super::egress::Egress;
 use super::ingress::Ingress;
 use super::journal::Armed;
-use super::journal::{ARMED, COMMIT, MOVE, MOVE_DISCARD, MOVE_REAP, MOVE_RECYCLE, MOVE_REFILL, MOVE_SEND};
+use super::journal::{ARMED, COMMIT, MOVE, MOVE_DISCARD, MOVE_REAP, MOVE_REAP_COALESCED, MOVE_RECYCLE, MOVE_REFILL, MOVE_SEND};
 use super::table::Table;
 use crate::frame::FRAME_SIZE;
 use crate::nic::{Receive, Transmit};
@@ -40,6 +40,14 @@ impl<T: Transmit> Egress<T> {
                     let moved = self.returns.position() == moving.to.wrapping_add(moving.to_count);
                     if moved && port.transmit.survives() && port.transmit.reap_position() == moving.from {
                         port.transmit.reaped(moving.from_count);
+                    }
+                }
+                (MOVE_REAP_COALESCED, Some(port)) => {
+                    // What the return ring has is held no longer, wherever the ingress thread has put it since.
+                    let moved = self.returns.position() == moving.to.wrapping_add(moving.to_count);
+                    for back in (1..=moving.to_count).filter(|_| moved) {
+                        let address = self.returns.published(back);
+                        port.coalescer.iter_mut().for_each(|half| half.forget(address));
                     }
                 }
                 (MOVE_DISCARD, Some(port)) => {

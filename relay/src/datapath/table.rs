@@ -17,6 +17,8 @@ pub struct OutputPlan {
     pub port: u32,
     /// Why it can't send now, if it can't.
     pub blocked: Option<OutputDropReason>,
+    /// Whether its packets may leave in super-frames.
+    pub coalesce: bool,
     /// The header edits.
     pub edit: Edit,
     /// Least time between two packets in the long run, in 1/64 ns; 0: unlimited.

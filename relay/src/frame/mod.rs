@@ -35,11 +35,13 @@ pub struct RawDesc {
 
 /// `XDP_PKT_CONTD`: the packet goes on in the next descriptor.
 pub const CONTINUES: u32 = 1;
+/// In our own rings: the packet may leave as part of a super-frame (`engine=coalesce`).
+pub const COALESCE: u32 = 2;
 /// First bit of the label in [`RawDesc::options`].
 const LABEL_SHIFT: u32 = 2;
 
 impl RawDesc {
-    /// `options` of a descriptor in our own rings: whose packet it is, and `flags` ([`CONTINUES`]).
+    /// `options` of a descriptor in our own rings: whose packet it is, and `flags` ([`CONTINUES`], [`COALESCE`]).
     #[inline]
     pub const fn options(label: u32, flags: u32) -> u32 {
         label << LABEL_SHIFT | flags

@@ -2,7 +2,7 @@
 //!
 //! All of them carry 239.1.1.1:5000 from `r0` to 239.9.9.9:6000 on `r1`; the bare redirect changes nothing in the packet.
 
-use super::error::Result;
+use super::error::{LabError, Result};
 use super::process::RelayProcess;
 use super::sockets_relay::{Route, SocketsRelay};
 use super::topology::Lab;
@@ -23,6 +23,8 @@ pub const TTL: u8 = 16;
 pub enum Arm {
     /// The relay over AF_XDP, engine tx, one thread.
     Xsk,
+    /// The relay over AF_XDP, engine coalesce, one thread.
+    Coalesce,
     /// The relay over AF_PACKET + io_uring: the baseline of every ratio.
     Packet,
     /// The relay's devmap broadcast in the kernel.
@@ -38,6 +40,7 @@ impl Arm {
     pub fn name(self) -> &'static str {
         match self {
             Self::Xsk => "xsk",
+            Self::Coalesce => "coalesce",
             Self::Packet => "packet",
             Self::Kernel => "kernel",
             Self::Sockets => "sockets",
@@ -49,6 +52,7 @@ impl Arm {
     pub fn engine(self) -> &'static str {
         match self {
             Self::Xsk => "tx",
+            Self::Coalesce => "coalesce",
             Self::Packet => "uring",
             Self::Kernel | Self::Redirect => "xdp",
             Self::Sockets => "mmsg",
@@ -60,10 +64,26 @@ impl Arm {
         self != Self::Redirect
     }
 
-    /// The rule, with path and engine named (DECISIONS: tests and figures).
-    fn rule(self) -> String {
-        let engine = if self == Self::Xsk { " engine=tx" } else { "" };
-        format!("r0 {GROUP} -> r1 {REWRITTEN} ttl=keep; id=lab path={}{engine}", self.name())
+    /// The path of its rule.
+    fn path(self) -> &'static str {
+        if self == Self::Coalesce { "xsk" } else { self.name() }
+    }
+
+    /// Whether it can send to several outputs.
+    pub fn fans_out(self) -> bool {
+        !matches!(self, Self::Sockets | Self::Redirect)
+    }
+
+    /// The rule, with path and engine named (DECISIONS: tests and figures); every output is rewritten differently.
+    fn rule(self, fanout: u16) -> String {
+        let engine = match self {
+            Self::Xsk => " engine=tx",
+            Self::Coalesce => " engine=coalesce",
+            _ => "",
+        };
+        let output = |n: u16| format!("r1 239.9.{}.{}:{} ttl=keep", 9 + n / 200, 9 + n % 200, 6000 + n);
+        let outputs: Vec<String> = (0..fanout).map(output).collect();
+        format!("r0 {GROUP} -> {}; id=lab path={}{engine}", outputs.join(", "), self.path())
     }
 }
 
@@ -81,8 +101,14 @@ pub enum Running {
 impl Running {
     /// Starts an arm on one CPU; it forwards when this returns. `extra`: further arguments of `relay run`.
     pub fn start(lab: &Lab, arm: Arm, program: &Path, cpu: Option<usize>, extra: &[&str]) -> Result<Self> {
+        Self::start_fanout(lab, arm, 1, program, cpu, extra)
+    }
+
+    /// The same with so many outputs, all out of `r1`.
+    pub fn start_fanout(lab: &Lab, arm: Arm, fanout: u16, program: &Path, cpu: Option<usize>, extra: &[&str]) -> Result<Self> {
         match arm {
-            Arm::Xsk | Arm::Packet | Arm::Kernel => start_relay(lab, arm, program, cpu, extra),
+            _ if fanout > 1 && !arm.fans_out() => Err(LabError::Invalid(format!("{} has one output only", arm.name()))),
+            Arm::Xsk | Arm::Coalesce | Arm::Packet | Arm::Kernel => start_relay(lab, arm, &arm.rule(fanout), program, cpu, extra),
             Arm::Sockets => {
                 let from = super::recv::Subscription { source: None, group: GROUP };
                 let route = Route { ingress: "r0".into(), from, egress: "r1".into(), to: REWRITTEN, ttl: TTL, cpu };
@@ -114,9 +140,8 @@ impl Running {
     }
 }
 
-fn start_relay(lab: &Lab, arm: Arm, program: &Path, cpu: Option<usize>, extra: &[&str]) -> Result<Running> {
-    let rule = arm.rule();
-    let mut args = vec!["--backend", arm.name(), "--rule", &rule];
+fn start_relay(lab: &Lab, arm: Arm, rule: &str, program: &Path, cpu: Option<usize>, extra: &[&str]) -> Result<Running> {
+    let mut args = vec!["--backend", arm.path(), "--rule", rule];
     let cpus = cpu.map(|cpu| cpu.to_string());
     if let Some(cpus) = &cpus {
         args.extend(["--cpus", cpus]);

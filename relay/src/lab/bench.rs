@@ -28,7 +28,7 @@ const PREEMPTED_PER_SECOND: f64 = 20.0;
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
     /// Rows, in order
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Arm::Xsk, Arm::Packet, Arm::Sockets, Arm::Redirect])]
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Arm::Xsk, Arm::Coalesce, Arm::Packet, Arm::Sockets, Arm::Redirect])]
     pub rows: Vec<Arm>,
     /// Rounds; each runs every row once
     #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
@@ -48,6 +48,9 @@ pub struct Args {
     /// CPU of the relay and the sink
     #[arg(long, default_value_t = 1, value_name = "CPU")]
     pub cpus: usize,
+    /// Outputs of the rule, each rewritten differently, all out of one interface; what is delivered is the sum
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub fanout: u16,
     /// The relay's wait strategy
     #[arg(long, default_value = "spin", value_name = "STRATEGY")]
     pub wait: String,
@@ -196,7 +199,7 @@ fn flat_out(lab: &Lab, generator: &mut Generator, args: &Args, errors: &mut Vec<
 }
 
 fn flat_out_once(lab: &Lab, generator: &mut Generator, args: &Args, arm: Arm) -> Result<Run> {
-    let sink = sink(lab, arm)?;
+    let sink = sink(lab, arm, args)?;
     let running = start(lab, args, arm)?;
     let before = running.preemptions().unwrap_or(0);
     let window = generator.window(lab, args.generator_cpu, &sink, args.duration)?;
@@ -204,17 +207,17 @@ fn flat_out_once(lab: &Lab, generator: &mut Generator, args: &Args, arm: Arm) ->
 }
 
 /// The cheapest end for what the arm sends, so that the arm is what is measured.
-fn sink(lab: &Lab, arm: Arm) -> Result<Sink<'_>> {
+fn sink<'a>(lab: &'a Lab, arm: Arm, args: &Args) -> Result<Sink<'a>> {
     match arm {
         Arm::Redirect | Arm::Kernel => Sink::at_link(lab, 1),
-        Arm::Xsk | Arm::Packet | Arm::Sockets => Sink::of_stack(lab, 1),
+        Arm::Xsk | Arm::Coalesce | Arm::Packet | Arm::Sockets => Sink::of_stack(lab, 1, usize::from(args.payload)),
     }
 }
 
 fn start(lab: &Lab, args: &Args, arm: Arm) -> Result<Running> {
     let program = program(args.program.as_ref())?;
     let extra = ["--pipeline", "fused", "--wait", &args.wait];
-    Running::start(lab, arm, &program, Some(args.cpus), &extra)
+    Running::start_fanout(lab, arm, args.fanout, &program, Some(args.cpus), &extra)
 }
 
 /// The relay under test: this executable unless told otherwise.
@@ -236,7 +239,7 @@ fn paced(lab: &Lab, generator: &mut Generator, args: &Args, rate: u64, errors: &
 }
 
 fn paced_once(lab: &Lab, generator: &mut Generator, args: &Args, arm: Arm, rate: u64) -> Result<Run> {
-    let sink = sink(lab, arm)?;
+    let sink = sink(lab, arm, args)?;
     let running = start(lab, args, arm)?;
     let (switches, before) = (running.preemptions().unwrap_or(0), sink.count()?);
     let drops = sink_drops(lab)?;
@@ -258,27 +261,30 @@ fn row(args: &Args, arm: Arm, runs: &[Run], ceiling: f64) -> Option<Row> {
     let delivered = sorted(runs.iter().map(|run| run.window.delivered_pps()));
     let offered = median(&sorted(runs.iter().map(|run| run.window.offered_pps())))?;
     let middle = median(&delivered)?;
-    let loss = median(&sorted(runs.iter().map(|run| 1.0 - run.window.delivered as f64 / run.window.offered.max(1) as f64)))?.max(0.0);
+    let fanout = u64::from(args.fanout);
+    let wanted = |run: &Run| (run.window.offered * fanout).max(1);
+    let loss = median(&sorted(runs.iter().map(|run| 1.0 - run.window.delivered as f64 / wanted(run) as f64)))?.max(0.0);
+    let inputs = middle / fanout as f64;
     let switches = runs.iter().map(|run| run.preemptions as f64 / run.window.seconds.max(1e-9)).fold(0.0, f64::max);
-    let own = matches!(arm, Arm::Xsk | Arm::Packet);
+    let own = matches!(arm, Arm::Xsk | Arm::Coalesce | Arm::Packet | Arm::Kernel);
     Some(Row {
         path: arm.name().into(),
         engine: arm.engine().into(),
         wait: if own { args.wait.clone() } else { String::new() },
         payload: args.payload,
-        fanout: 1,
+        fanout: u32::from(args.fanout),
         hops: 1,
         offered_pps: offered,
         delivered_pps: middle,
         loss,
-        lost_packets: runs.iter().map(|run| run.window.offered.saturating_sub(run.window.delivered)).sum(),
+        lost_packets: runs.iter().map(|run| (run.window.offered * fanout).saturating_sub(run.window.delivered)).sum(),
         sent_packets: runs.iter().map(|run| run.window.offered).sum(),
         median_of: u32::try_from(runs.len()).unwrap_or(0),
         min: delivered.first().copied()?,
         max: delivered.last().copied()?,
         preemptions_per_second: switches,
         preempted: switches > PREEMPTED_PER_SECOND,
-        source_bound: args.rate.is_none() && (middle > CEILING_MARGIN * ceiling || middle > KEPT_UP * offered),
+        source_bound: args.rate.is_none() && (inputs > CEILING_MARGIN * ceiling || inputs > KEPT_UP * offered),
         sink_drops: runs.iter().map(|run| run.window.sink_drops).sum(),
         void: runs.iter().any(|run| !run.window.covered || run.window.sink_drops as f64 > SINK_SHARE * run.window.delivered as f64),
         ..Row::default()
@@ -392,7 +398,11 @@ mod tests {
         ];
         let mut rows: Vec<Row> = args.rows.iter().filter_map(|arm| row(&args, *arm, &runs, 5_000.0)).collect();
         set_ratios(&mut rows);
-        assert_eq!(rows.iter().map(|r| r.path.as_str()).collect::<Vec<_>>(), ["xsk", "packet", "redirect"]);
+        assert_eq!(
+            rows.iter().map(|r| r.path.as_str()).collect::<Vec<_>>(),
+            ["xsk", "packet", "redirect"],
+            "a row without a run is left out"
+        );
         assert_eq!((rows[0].delivered_pps, rows[0].min, rows[0].max, rows[0].median_of), (1_000.0, 900.0, 1_200.0, 3));
         assert_eq!(rows[0].ratio_to_packet, Some(2.0));
         assert!(!rows[0].source_bound && rows[2].source_bound);

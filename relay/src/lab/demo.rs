@@ -206,7 +206,7 @@ fn flat_out(lab: &Lab, program: &Path, report: &mut Report, progress: &ProgressB
     for (arm, row) in ARMS.into_iter().zip(&mut report.rows) {
         step(progress, &format!("{}: flat out", arm.name()));
         if row.error.is_empty() {
-            let sink = Sink::of_stack(lab, 1)?;
+            let sink = Sink::of_stack(lab, 1, 64)?;
             let _running = Running::start(lab, arm, program, relay_cpu(), &[])?;
             row.flat_out_pps = Some(generator.window(lab, cpu, &sink, BURST)?.delivered_pps());
         }

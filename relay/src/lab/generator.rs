@@ -23,6 +23,8 @@ const WARM_UP: Duration = Duration::from_millis(200);
 const STALL: Duration = Duration::from_millis(20);
 /// Packets of one call at most, whatever was asked for: 40 s at 5 Mpps.
 const MAX_REPEAT: f64 = 200e6;
+/// Ethernet, IPv4, UDP.
+const IPV4_HEADERS: u64 = 42;
 /// Source of generated packets, `s0`.
 const SOURCE: &str = "10.0.0.1:40000";
 
@@ -162,9 +164,10 @@ fn observe(sink: &Sink<'_>, length: Duration) -> Result<(f64, u64)> {
 pub enum Sink<'a> {
     /// A counting, dropping program: the cheapest end of packets that come as XDP frames (it copies every skb).
     Program(LabProgram),
-    /// The interface's own counter, without NAPI; nobody has joined the group, so the stack drops at once. The cheapest end
-    /// of packets that come as skbs.
-    Interface(&'a super::Namespace, String),
+    /// The interface's own counters, without NAPI; nobody has joined the group, so the stack drops at once. The cheapest end
+    /// of packets that come as skbs. A super-frame is one skb with one header: IPv4 datagrams of this payload are counted by
+    /// what bytes are left without headers.
+    Interface(&'a super::Namespace, String, u64),
 }
 
 impl<'a> Sink<'a> {
@@ -173,11 +176,11 @@ impl<'a> Sink<'a> {
         Self::attach(lab.sink(link), &format!("k{link}"))
     }
 
-    /// Counts skbs on `kN`.
-    pub fn of_stack(lab: &'a Lab, link: u32) -> Result<Self> {
+    /// Counts datagrams of `payload` bytes that come in skbs on `kN`.
+    pub fn of_stack(lab: &'a Lab, link: u32, payload: usize) -> Result<Self> {
         let (namespace, iface) = (lab.sink(link), format!("k{link}"));
         namespace.output("ethtool", &["-K", &iface, "gro", "off"])?;
-        Ok(Self::Interface(namespace, iface))
+        Ok(Self::Interface(namespace, iface, payload.max(1) as u64))
     }
 
     /// Counts on `r0`, where the relay would be: the generator's ceiling.
@@ -195,14 +198,17 @@ impl<'a> Sink<'a> {
     pub fn count(&self) -> Result<u64> {
         match self {
             Self::Program(program) => program.count(),
-            Self::Interface(namespace, iface) => device_counter(namespace, iface, 1),
+            Self::Interface(namespace, iface, payload) => {
+                let (bytes, skbs) = (device_counter(namespace, iface, 0)?, device_counter(namespace, iface, 1)?);
+                Ok(bytes.saturating_sub(skbs * IPV4_HEADERS) / payload)
+            }
         }
     }
 }
 
 impl Drop for Sink<'_> {
     fn drop(&mut self) {
-        if let Self::Interface(namespace, iface) = self {
+        if let Self::Interface(namespace, iface, _) = self {
             // The next sink may need NAPI; if this fails, its row shows nothing and says so.
             let _ = namespace.output("ethtool", &["-K", iface, "gro", "on"]);
         }

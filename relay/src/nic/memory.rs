@@ -307,4 +307,8 @@ impl Transmit for MemoryTransmit {
     fn refused(&mut self) -> Option<Refusal> {
         None
     }
+
+    fn is_flushed(&mut self) -> bool {
+        true
+    }
 }

@@ -134,6 +134,17 @@ pub struct Refusal {
     pub len: u32,
 }
 
+/// What a coalescing sending half says of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// Give it to me.
+    Take,
+    /// Send it by the port's other half.
+    Direct,
+    /// After the next flush.
+    Wait,
+}
+
 /// Sending half of a port.
 pub trait Transmit {
     /// Whether the kernel's rings outlive the worker (AF_XDP).
@@ -159,4 +170,18 @@ pub trait Transmit {
     fn outstanding(&self) -> u32;
     /// The next packet that the kernel refused for good, each once.
     fn refused(&mut self) -> Option<Refusal>;
+    /// Whether everything put has left, so that another half may send what comes behind it.
+    fn is_flushed(&mut self) -> bool;
+    /// A coalescing half: a new window of packets begins, with at most one super-frame's packets of each output.
+    fn begin_window(&mut self) {}
+    /// A coalescing half: what becomes of the next packet with this label.
+    fn admit(&mut self, _label: u32) -> Admission {
+        Admission::Take
+    }
+    /// A coalescing half: whether the device refuses super-frames.
+    fn is_off(&self) -> bool {
+        false
+    }
+    /// A predecessor had given this frame back to us, and we to the return ring: it is held no longer.
+    fn forget(&mut self, _address: u64) {}
 }

@@ -19,7 +19,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering::{Acquire, Release};
 
 /// Counted up whenever a layout in this room changes.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 6;
 /// Commands that a worker may fall behind.
 pub const COMMANDS: u32 = 16;
 const MANIFEST_LEN: usize = 4096;
@@ -72,6 +72,8 @@ pub struct PortManifest {
     pub receive_fd: i32,
     /// The sending socket.
     pub send_fd: i32,
+    /// The socket that takes super-frames, or -1.
+    pub coalesce_fd: i32,
     /// Ring sizes (AF_XDP).
     pub sizes: RingSizes,
     /// Frames that shall stand with the kernel for receiving.

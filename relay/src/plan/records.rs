@@ -68,6 +68,9 @@ pub struct RuleRecord {
     pub source: [u8; 16],
 }
 
+/// The output's packets may leave in super-frames.
+pub const OUTPUT_COALESCE: u32 = 1;
+
 /// An output. 88 bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -78,8 +81,8 @@ pub struct OutputRecord {
     pub port: u32,
     /// 0: ready; else 1 + the reason it drops everything.
     pub blocked: u32,
-    /// Always 0.
-    pub zero: u32,
+    /// [`OUTPUT_COALESCE`] or 0.
+    pub flags: u32,
     /// Header edits.
     pub edit: Edit,
     /// `rate=`: least time between two packets of one worker in the long run, in 1/64 ns; 0: unlimited.

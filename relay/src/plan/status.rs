@@ -58,6 +58,8 @@ pub struct RungReport {
 pub const PORT_DOWN: u32 = 1;
 /// The interface is gone.
 pub const PORT_GONE: u32 = 2;
+/// The device refuses super-frames: what should be coalesced goes packet by packet.
+pub const PORT_SINGLES: u32 = 4;
 
 /// Health of a sending port. 24 bytes.
 #[repr(C)]

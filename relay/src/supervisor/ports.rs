@@ -43,6 +43,8 @@ pub struct PortSockets {
     pub send: Option<OwnedFd>,
     /// A look at the rings, taken while they can be mapped: which frames are in them when the interface is gone.
     pub ledger: Option<PortLedger>,
+    /// The AF_PACKET socket that takes super-frames, where rules coalesce.
+    pub coalesce: Option<OwnedFd>,
 }
 
 /// One port.
@@ -62,6 +64,8 @@ pub struct Port {
     pub ingress: bool,
     /// Rules send here.
     pub egress: bool,
+    /// Rules send super-frames here.
+    pub coalesce: bool,
     /// By worker.
     pub sockets: Vec<PortSockets>,
     /// Whether our program is on the interface.
@@ -104,6 +108,8 @@ pub struct Use {
     pub ingress: bool,
     /// Rules send here.
     pub egress: bool,
+    /// Rules send super-frames here.
+    pub coalesce: bool,
 }
 
 /// Sizes that keep one stalled output from taking the frames of all (DESIGN §4, 9): half of the UMEM stands ready to
@@ -128,7 +134,7 @@ impl Ports {
     /// For [`Maker::roll_back`].
     pub fn mark(&self) -> Vec<Mark> {
         let mark = |port: &Port| {
-            let used = Use { ingress: port.ingress, egress: port.egress };
+            let used = Use { ingress: port.ingress, egress: port.egress, coalesce: port.coalesce };
             (used, port.attached, port.backend, port.reason.clone(), !port.sockets.is_empty())
         };
         self.list.iter().map(mark).collect()
@@ -246,6 +252,7 @@ impl Ports {
                     egress: port.egress,
                     receive_fd: sockets.map_or(-1, |sockets| sockets.receive.as_raw_fd()),
                     send_fd: sockets.and_then(|sockets| sockets.send.as_ref()).map_or(-1, AsRawFd::as_raw_fd),
+                    coalesce_fd: sockets.and_then(|sockets| sockets.coalesce.as_ref()).map_or(-1, AsRawFd::as_raw_fd),
                     sizes,
                     depth: if !port.ingress {
                         0
@@ -275,7 +282,11 @@ impl Ports {
     /// Descriptors a worker inherits.
     pub fn descriptors(&self, worker: usize) -> impl Iterator<Item = i32> + '_ {
         let sockets = self.list.iter().filter(|port| port.is_live()).filter_map(move |port| port.sockets.get(worker));
-        sockets.flat_map(|sockets| [Some(sockets.receive.as_raw_fd()), sockets.send.as_ref().map(AsRawFd::as_raw_fd)]).flatten()
+        let fds = |sockets: &PortSockets| {
+            let [send, coalesce] = [&sockets.send, &sockets.coalesce].map(|socket| socket.as_ref().map(AsRawFd::as_raw_fd));
+            [Some(sockets.receive.as_raw_fd()), send, coalesce]
+        };
+        sockets.flat_map(fds).flatten()
     }
 }
 
@@ -298,7 +309,9 @@ pub fn needs(rules: &[Rule], options: &Options) -> BTreeMap<(String, Way), Use> 
         let way = if rule.path == PathChoice::Packet || options.backend == BackendChoice::Packet { Way::Packet } else { Way::Xsk };
         needs.entry((rule.ingress.clone(), way)).or_default().ingress = true;
         for output in &rule.outputs {
-            needs.entry((output.egress.clone(), way)).or_default().egress = true;
+            let used = needs.entry((output.egress.clone(), way)).or_default();
+            used.egress = true;
+            used.coalesce |= rule.engine == EngineChoice::Coalesce;
         }
     }
     needs
@@ -320,8 +333,9 @@ pub fn check_supported(rules: &[Rule], options: &Options) -> Result<(), RunError
             let problem = format!("rule {} asks for a worker, and --backend kernel starts none", rule.id);
             return Err(RunError::bad("path", problem, "leave out path=, or use --backend auto"));
         }
-        if rule.engine == EngineChoice::Coalesce {
-            return missing("engine", &format!("engine=coalesce (rule {})", rule.id), "use engine=auto");
+        if rule.engine == EngineChoice::Coalesce && rule.exact {
+            let problem = format!("engine=coalesce sends at most once, exact=yes asks for exactly once (rule {})", rule.id);
+            return Err(RunError::bad("engine", problem, "use engine=tx, or exact=no"));
         }
     }
     Ok(())
@@ -391,8 +405,18 @@ impl Maker<'_> {
                 port.sockets.clear();
                 port.workerless = false;
             }
-            (port.ingress, port.egress) = (used.ingress, used.egress);
+            (port.ingress, port.egress, port.coalesce) = (used.ingress, used.egress, used.coalesce);
         }
+    }
+
+    /// The sockets that take super-frames, one for each worker.
+    fn add_coalescing(port: &mut Port) -> Result<(), RunError> {
+        for sockets in &mut port.sockets {
+            let failed = |error: packet_socket::SocketError| RunError::failure(error).with_hint("AF_PACKET needs CAP_NET_RAW");
+            sockets.coalesce = Some(packet_socket::open_coalesce(port.facts.ifindex).map_err(failed)?);
+        }
+        port.coalesce = true;
+        Ok(())
     }
 
     fn ensure_one(&mut self, ports: &mut Ports, facts: &Interface, way: Way, used: Use) -> Result<bool, RunError> {
@@ -409,17 +433,18 @@ impl Maker<'_> {
             Some(port) if port.is_live() => return self.widen(port, facts, used),
             _ => {}
         }
-        let port = match way {
+        let mut port = match way {
             Way::Packet => self.packet_port(facts, used, "asked for by --backend packet or path=packet".into())?,
             Way::Xsk => self.xsk_or_packet(ports, facts, used)?,
         };
+        if used.coalesce {
+            Self::add_coalescing(&mut port)?;
+        }
         let found = ports.list.iter_mut().find(|other| other.name == port.name && other.way == port.way);
         match found {
             Some(other) if other.is_live() || other.retired => {
                 // Driven by the rung below already.
-                let new = (used.ingress && !other.ingress) || (used.egress && !other.egress);
-                (other.ingress, other.egress) = (other.ingress || used.ingress, other.egress || used.egress);
-                return Ok(new);
+                return Self::widen_use(other, used);
             }
             Some(absent) => {
                 tracing::info!(interface = %port.name, ifindex = port.facts.ifindex, "interface is back");
@@ -437,13 +462,21 @@ impl Maker<'_> {
 
     /// Uses a live port in further ways.
     fn widen(&mut self, port: &mut Port, facts: &Interface, used: Use) -> Result<bool, RunError> {
-        let new = (used.ingress && !port.ingress) || (used.egress && !port.egress);
         if used.ingress && !port.ingress && port.way == Way::Xsk {
             let attached = self.attach(facts).and_then(|rung| self.check_queues(facts).map(|()| rung));
             (port.backend, port.reason) = attached.map_err(|error| self.refusal(error))?;
             port.attached = true;
         }
+        Self::widen_use(port, used)
+    }
+
+    /// Notes the further uses, and says whether there are any.
+    fn widen_use(port: &mut Port, used: Use) -> Result<bool, RunError> {
+        let new = (used.ingress && !port.ingress) || (used.egress && !port.egress) || (used.coalesce && !port.coalesce);
         (port.ingress, port.egress) = (port.ingress || used.ingress, port.egress || used.egress);
+        if used.coalesce && !port.coalesce && port.is_live() {
+            Self::add_coalescing(port)?;
+        }
         Ok(new)
     }
 
@@ -533,7 +566,7 @@ impl Maker<'_> {
                         backend = "af_xdp_zero_copy";
                     }
                     let ledger = PortLedger::open(&socket.fd, sizes).map_err(|error| ProgramError::Diagnostics(error.to_string()))?;
-                    sockets.push(PortSockets { receive: socket.fd, send: None, ledger: Some(ledger) });
+                    sockets.push(PortSockets { receive: socket.fd, send: None, coalesce: None, ledger: Some(ledger) });
                 }
                 Err(error) => {
                     if used.ingress {
@@ -552,6 +585,7 @@ impl Maker<'_> {
             reason,
             ingress: used.ingress,
             egress: used.egress,
+            coalesce: false,
             sockets,
             attached: used.ingress,
             retired: false,
@@ -571,7 +605,7 @@ impl Maker<'_> {
         for _ in 0..workers {
             let receive = packet_socket::open_receive(facts.ifindex, &[], fanout).map_err(failed)?;
             let send = packet_socket::open_send(facts.ifindex).map_err(failed)?;
-            sockets.push(PortSockets { receive, send: Some(send), ledger: None });
+            sockets.push(PortSockets { receive, send: Some(send), coalesce: None, ledger: None });
         }
         Ok(Port {
             name: facts.name.clone(),
@@ -581,6 +615,7 @@ impl Maker<'_> {
             reason,
             ingress: used.ingress,
             egress: used.egress,
+            coalesce: false,
             sockets,
             attached: false,
             retired: false,

@@ -19,9 +19,9 @@ use crate::plan::counters::{Counter, output_drop, output_tx, port_drop, port_rx,
 use crate::plan::fate::{DropReason, OutputDropReason};
 use crate::plan::planner::Path;
 use crate::plan::records::SnapshotRule;
-use crate::plan::status::{PORT_DOWN, PORT_GONE, RUNG_PLAIN, SendReport};
+use crate::plan::status::{PORT_DOWN, PORT_GONE, PORT_SINGLES, RUNG_PLAIN, SendReport};
 use crate::rule::set::{RuleSet, SetDiff};
-use crate::rule::{Output, Rule, Ttl};
+use crate::rule::{EngineChoice, Output, Rule, Ttl};
 use crate::sys::xdp;
 use relay_common::kernel::{DROP_OF_OUTPUT, DROP_OF_RULE};
 use relay_common::{CounterValue, XdpCounter};
@@ -102,6 +102,13 @@ impl Supervisor {
         }
     }
 
+    /// Whether the device of an output has refused the rule's super-frames.
+    fn is_refusing(&self, rule: &Rule, egress: &str) -> bool {
+        let number = self.ports.egress(rule, egress).map(|(number, _)| number);
+        let flags = |number| self.fleet.slots.iter().fold(0, |flags, slot| flags | slot.status.sends.get(number).flags);
+        number.is_some_and(|number| flags(number) & PORT_SINGLES != 0)
+    }
+
     /// Whether the workers drive the packet port with plain system calls.
     fn is_plain(&self, number: usize) -> bool {
         self.fleet.slots.iter().any(|slot| slot.status.rungs.get(number).rung == RUNG_PLAIN)
@@ -139,6 +146,14 @@ impl Supervisor {
             (Some(decision), Some(_)) => (decision.path.name(), decision.engine),
             _ => ("pending", ""),
         };
+        let coalescing = rule.engine == EngineChoice::Coalesce && matches!(path, "xsk" | "packet");
+        let refusing: Vec<&str> =
+            rule.outputs.iter().map(|output| output.egress.as_str()).filter(|name| self.is_refusing(rule, name)).collect();
+        let (engine, note) = match refusing.as_slice() {
+            _ if !coalescing => (engine, String::new()),
+            [] => ("coalesce", String::new()),
+            names => (engine, format!("; no coalescing: {} takes no UDP super-frames", names.join(", "))),
+        };
         let ifindex = found.map(|(_, port)| port.facts.ifindex);
         let joined = ifindex.and_then(|ifindex| join_of(rule, ifindex)).is_some_and(|join| self.joins.joined(&join));
         RuleInfo {
@@ -147,7 +162,7 @@ impl Supervisor {
             path: path.into(),
             engine: engine.into(),
             reason: match (decision, found) {
-                (Some(decision), Some(_)) => decision.reason.clone(),
+                (Some(decision), Some(_)) => format!("{}{note}", decision.reason),
                 _ => self.ports.why_not(&rule.ingress, &self.known).unwrap_or_else(|| "the rule is being put in force".into()),
             },
             joined,

@@ -6,9 +6,9 @@ use super::book::{World, blocked};
 use super::interfaces::{Interface, Interfaces};
 use super::ports::{Ports, Way};
 use crate::plan::fate::OutputDropReason;
-use crate::plan::records::{AddressRecord, OutputRecord, address_bytes};
+use crate::plan::records::{AddressRecord, OUTPUT_COALESCE, OutputRecord, address_bytes};
 use crate::plan::resolve::{Facts, edit_for, unicast_destination};
-use crate::rule::Rule;
+use crate::rule::{EngineChoice, Rule};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
@@ -80,6 +80,7 @@ impl World for View<'_> {
             Ok(edit) => OutputRecord {
                 port,
                 edit,
+                flags: if rule.engine == EngineChoice::Coalesce { OUTPUT_COALESCE } else { 0 },
                 gap: output.rate.map_or(0, |rate| OutputRecord::gap_of(rate, workers)),
                 ..OutputRecord::default()
             },

@@ -6,7 +6,7 @@
 use super::ledger::Ledger;
 use super::orphans::{Orphans, OrphansError};
 use super::port::{AnyReceive, AnyTransmit, NoReceive};
-use crate::datapath::egress::{Egress, EgressBooks, EgressPort, PortState};
+use crate::datapath::egress::{Egress, EgressBooks, EgressPort, Lane, PortState};
 use crate::datapath::ingress::{Ingress, IngressParts, IngressPort};
 use crate::datapath::journal::Journal;
 use crate::frame::HeldMap;
@@ -232,7 +232,8 @@ impl Parts {
         }
         let memory: Arc<dyn Memory> = Arc::<Mapping>::clone(work);
         let ring = Consumer::attach(Arc::clone(&memory), layout.egress_ring(number))?;
-        self.transmit.push(EgressPort { transmit, ring, number, state: PortState::default() });
+        let coalescer = if port.coalesce_fd < 0 { None } else { Some(self.adopt_coalescer(port.coalesce_fd)?) };
+        self.transmit.push(EgressPort { transmit, coalescer, lane: Lane::Direct, ring, number, state: PortState::default() });
         self.egress.push(if port.egress { Some(Producer::attach(memory, layout.egress_ring(number))?) } else { None });
         Ok(())
     }
@@ -244,6 +245,11 @@ impl Parts {
         let receive = PacketReceive::open(receive, &self.umem, DEFAULT_DEPTH, self.held.clone(), self.engines).map_err(failed)?;
         let transmit = PacketTransmit::open(send, &self.umem, DEFAULT_DEPTH, self.held_by_senders.clone(), self.engines);
         Ok((AnyReceive::Packet(Box::new(receive)), AnyTransmit::Packet(Box::new(transmit))))
+    }
+
+    fn adopt_coalescer(&self, fd: i32) -> Result<AnyTransmit, BootError> {
+        let socket = inherited("AF_PACKET socket for super-frames", fd)?;
+        Ok(AnyTransmit::Packet(Box::new(PacketTransmit::coalesce(socket, &self.umem, self.held_by_senders.clone()))))
     }
 
     fn adopt_xsk(&mut self, port: &PortManifest) -> Result<(AnyReceive, AnyTransmit), BootError> {

@@ -5,7 +5,7 @@
 use crate::frame::{Frame, Pool, RawDesc, Umem};
 use crate::nic::afpacket::{PacketReceive, PacketTransmit, Reason};
 use crate::nic::afxdp::{XskReceive, XskTransmit};
-use crate::nic::{BATCH_DESCS, BATCH_LEN, Batch, Kick, Receive, ReceiveCounters, Refusal, Transmit};
+use crate::nic::{Admission, BATCH_DESCS, BATCH_LEN, Batch, Kick, Receive, ReceiveCounters, Refusal, Transmit};
 use crate::plan::status::{RUNG_PLAIN, RUNG_URING, RUNG_XSK, RungReport};
 use crate::sys::SharedArray;
 use arrayvec::ArrayVec;
@@ -240,5 +240,25 @@ impl Transmit for AnyTransmit {
 
     fn refused(&mut self) -> Option<Refusal> {
         each!(self, port => port.refused())
+    }
+
+    fn is_flushed(&mut self) -> bool {
+        each!(self, port => port.is_flushed())
+    }
+
+    fn begin_window(&mut self) {
+        each!(self, port => port.begin_window());
+    }
+
+    fn admit(&mut self, label: u32) -> Admission {
+        each!(self, port => port.admit(label))
+    }
+
+    fn is_off(&self) -> bool {
+        each!(self, port => port.is_off())
+    }
+
+    fn forget(&mut self, address: u64) {
+        each!(self, port => port.forget(address));
     }
 }

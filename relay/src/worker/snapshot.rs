@@ -3,7 +3,7 @@
 //! Runs between two batches, when the epoch has changed; may allocate. Must never write the segment.
 
 use crate::datapath::table::{OutputPlan, RulePlan, Table};
-use crate::plan::records::{RecordsError, RulesSegment, Snapshot, SnapshotRule, prefix_from};
+use crate::plan::records::{OUTPUT_COALESCE, RecordsError, RulesSegment, Snapshot, SnapshotRule, prefix_from};
 use crate::rule::compile::{CompileInput, Compiled, compile};
 use crate::rule::{Match, TagMatch};
 
@@ -45,6 +45,7 @@ fn plan(rule: &SnapshotRule) -> RulePlan {
                 slot: output.slot,
                 port: output.port,
                 blocked: output.blocked(),
+                coalesce: output.flags & OUTPUT_COALESCE != 0,
                 edit: output.edit,
                 gap: output.gap,
             })

@@ -15,7 +15,7 @@ const ROOMS: [(&str, &[&str]); 17] = [
     ("sys", &["ring"]),
     ("frame", &["sys"]),
     ("shm", &["sys", "ring"]),
-    ("nic", &["frame", "ring", "sys"]),
+    ("nic", &["wire", "frame", "ring", "sys"]),
     ("plan", &["wire", "rule", "frame", "ring", "shm", "nic", "sys"]),
     ("datapath", &["wire", "rule", "frame", "ring", "nic", "plan", "sys"]),
     ("control", &["rule", "shm", "plan", "sys"]),

@@ -7,12 +7,15 @@
 //! sendmmsg, ppoll, getsockopt. The packet path has no journal position: the rings die with the worker, so
 //! [`Held`] marks the frames that were with them. Must never know a rule or the data path.
 
+mod adaptive;
+mod coalesce;
 pub mod fanout;
 mod filter;
 mod layout;
 mod outbox;
 mod plain;
 mod receive;
+mod runs;
 pub mod socket;
 mod transmit;
 mod uring;

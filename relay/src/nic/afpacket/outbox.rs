@@ -117,12 +117,34 @@ impl<H: Held> Outbox<H> {
     pub(super) fn settle(&mut self, number: u16, result: Result<(), Errno>) {
         let Err(errno) = result else { return self.finish(number) };
         match classify(errno) {
-            Verdict::Retry if self.may_retry(number) => return self.again.push_back(number),
+            Verdict::Retry if self.may_wait(number) => self.again.push_back(number),
+            _ => self.give_up(number, errno),
+        }
+    }
+
+    /// The packet will not be tried again.
+    pub(super) fn give_up(&mut self, number: u16, errno: Errno) {
+        match classify(errno) {
             Verdict::Retry | Verdict::Refused => {}
             Verdict::Down => self.trouble = Kick::Down,
             Verdict::Gone => self.trouble = Kick::Gone,
         }
         self.fail(number);
+    }
+
+    /// The pieces of a packet that [`Outbox::next`] named.
+    pub(super) fn pieces(&self, number: u16) -> &[RawDesc] {
+        self.slots.get(usize::from(number)).map_or(&[], |slot| &slot.pieces)
+    }
+
+    /// Whether every packet put has had its fate.
+    pub(super) fn is_flushed(&self) -> bool {
+        self.outstanding as usize == self.done.len()
+    }
+
+    /// A frame that a predecessor held is held no longer.
+    pub(super) fn forget(&self, frame: u32) {
+        self.held.set(frame, false);
     }
 
     /// What the sends since the last call said.
@@ -190,7 +212,8 @@ impl<H: Held> Outbox<H> {
         }
     }
 
-    fn may_retry(&mut self, number: u16) -> bool {
+    /// Whether a packet that was refused for the moment may be tried once more; counts the attempt.
+    pub(super) fn may_wait(&mut self, number: u16) -> bool {
         self.slots.get_mut(usize::from(number)).is_some_and(|slot| {
             slot.attempts += 1;
             slot.attempts < MAX_ATTEMPTS

@@ -2,12 +2,13 @@
 //!
 //! Must never look into a packet.
 
+use super::coalesce::{CoalesceTransmit, WINDOW};
 use super::outbox::Outbox;
 use super::plain::PlainTransmit;
 use super::uring_transmit::UringTransmit;
-use super::{Engines, Held, Reason, Rung};
-use crate::frame::{RawDesc, Umem};
-use crate::nic::{BATCH_LEN, Kick, Refusal, Transmit};
+use super::{Engines, Held, Reason};
+use crate::frame::{FRAME_SIZE, RawDesc, Umem};
+use crate::nic::{Admission, BATCH_LEN, Kick, Refusal, Transmit};
 use arrayvec::ArrayVec;
 use nix::errno::Errno;
 use std::os::fd::OwnedFd;
@@ -19,10 +20,21 @@ pub(super) trait SendEngine {
     fn flush<H: Held>(&mut self, outbox: &mut Outbox<H>) -> Result<Kick, Errno>;
 }
 
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "a few values a process")]
+enum Rung {
+    Uring(UringTransmit),
+    Plain(PlainTransmit, Reason),
+    Coalesce(CoalesceTransmit),
+}
+
+/// Descriptors a coalescing half takes: a window, and what waits to be tried again.
+const COALESCE_DEPTH: u16 = 2 * WINDOW as u16;
+
 /// Sending half of a packet port. Fields drop in order: the ring before nothing it points to is left.
 #[derive(Debug)]
 pub struct PacketTransmit<H> {
-    rung: Rung<UringTransmit, PlainTransmit>,
+    rung: Rung,
     outbox: Outbox<H>,
 }
 
@@ -42,14 +54,20 @@ impl<H: Held> PacketTransmit<H> {
         Self { rung, outbox }
     }
 
-    /// Name of the backend, as `status` shows it.
-    pub const fn backend(&self) -> &'static str {
-        self.rung.backend()
+    /// Takes a socket of [`super::socket::open_coalesce`]: the engine that sends runs of packets as super-frames.
+    pub fn coalesce(socket: OwnedFd, umem: &Arc<Umem>, held: H) -> Self {
+        let outbox = Outbox::new(COALESCE_DEPTH, umem.len() as u64, held);
+        Self { rung: Rung::Coalesce(CoalesceTransmit::new(socket, Arc::clone(umem))), outbox }
     }
 
-    /// Why it is not io_uring.
+    /// Name of the backend, as `status` shows it.
+    pub const fn backend(&self) -> &'static str {
+        if matches!(self.rung, Rung::Plain(..)) { "af_packet_plain" } else { "af_packet" }
+    }
+
+    /// Why it is not io_uring, where that was possible.
     pub const fn reason(&self) -> Option<Reason> {
-        self.rung.reason()
+        if let Rung::Plain(_, reason) = self.rung { Some(reason) } else { None }
     }
 }
 
@@ -71,6 +89,7 @@ impl<H: Held> Transmit for PacketTransmit<H> {
         match &mut self.rung {
             Rung::Uring(uring) => uring.flush(&mut self.outbox),
             Rung::Plain(plain, _) => plain.flush(&mut self.outbox),
+            Rung::Coalesce(coalesce) => coalesce.flush(&mut self.outbox),
         }
     }
 
@@ -100,5 +119,27 @@ impl<H: Held> Transmit for PacketTransmit<H> {
 
     fn refused(&mut self) -> Option<Refusal> {
         self.outbox.refused()
+    }
+
+    fn is_flushed(&mut self) -> bool {
+        self.outbox.is_flushed()
+    }
+
+    fn begin_window(&mut self) {
+        if let Rung::Coalesce(coalesce) = &mut self.rung {
+            coalesce.begin_window();
+        }
+    }
+
+    fn admit(&mut self, label: u32) -> Admission {
+        if let Rung::Coalesce(coalesce) = &mut self.rung { coalesce.admit(label) } else { Admission::Take }
+    }
+
+    fn is_off(&self) -> bool {
+        if let Rung::Coalesce(coalesce) = &self.rung { coalesce.is_off() } else { false }
+    }
+
+    fn forget(&mut self, address: u64) {
+        self.outbox.forget((address / u64::from(FRAME_SIZE)) as u32);
     }
 }

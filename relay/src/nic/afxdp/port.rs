@@ -340,6 +340,11 @@ impl Transmit for XskTransmit {
     fn refused(&mut self) -> Option<Refusal> {
         self.sending.refused()
     }
+
+    /// In copy mode a descriptor that was taken has been handed to the driver, on this thread.
+    fn is_flushed(&mut self) -> bool {
+        if self.is_copying { self.tx.consumer() == self.position } else { self.outstanding() == 0 }
+    }
 }
 
 /// Where received data starts at least; a smaller offset would leave no room for tags.
