@@ -185,7 +185,12 @@ impl Worker {
     fn close_box(&self) {
         let is_packet = |port: &PortManifest| port.kind == PortKind::Packet;
         let ports = &self.manifest.ports;
-        let parts = sandbox::Parts { split: self.manifest.split, packet: ports.iter().any(is_packet), ports: ports.len() };
+        let parts = sandbox::Parts {
+            split: self.manifest.split,
+            packet: ports.iter().any(is_packet),
+            coalesce: ports.iter().any(|port| port.coalesce_fd >= 0),
+            ports: ports.len(),
+        };
         if let Err(error) = sandbox::close(parts) {
             eprintln!("worker: not confined: {error}");
         }

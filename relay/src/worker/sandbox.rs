@@ -11,6 +11,7 @@
 //! | restart_syscall | a sleep that SIGSTOP has cut | |
 //! | sigaltstack, exit_group | the end | |
 //! | futex, read, sched_yield | split only: end of the egress thread, its doorbell, crowded CPUs | |
+//! | sendmmsg | ports that send super-frames | |
 //! | getsockopt, io_uring_enter, io_uring_register, recvmmsg, sendmmsg | packet ports only | register: ENABLE_RINGS alone |
 //!
 //! 12 calls for AF_XDP ports, 15 when split. Anything else kills the process (SECCOMP_RET_KILL_PROCESS); the supervisor sees
@@ -38,6 +39,8 @@ pub struct Parts {
     pub split: bool,
     /// A port of the packet path.
     pub packet: bool,
+    /// A port that sends super-frames.
+    pub coalesce: bool,
     /// Ports (descriptors to poll).
     pub ports: usize,
 }
@@ -107,6 +110,9 @@ fn rules(parts: Parts) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> 
     if parts.split {
         allow.extend([SYS_futex, SYS_read, SYS_sched_yield]);
     }
+    if parts.coalesce {
+        allow.push(SYS_sendmmsg);
+    }
     if parts.packet {
         rules.insert(SYS_io_uring_register, vec![one(1, Op::Eq, ENABLE_RINGS)?]);
         allow.extend([SYS_getsockopt, SYS_io_uring_enter, SYS_recvmmsg, SYS_sendmmsg, SYS_ppoll]);
@@ -140,6 +146,6 @@ mod tests {
         ] {
             assert!(!split.contains_key(&call), "{call}");
         }
-        assert!(filter(Parts { packet: true, split: true, ports: 2 }).is_ok());
+        assert!(filter(Parts { packet: true, split: true, coalesce: true, ports: 2 }).is_ok());
     }
 }
