@@ -179,13 +179,13 @@ impl CoalesceTransmit {
             }
             // SAFETY: all zeros is a valid mmsghdr: null pointers and no lengths.
             let mut message: libc::mmsghdr = unsafe { std::mem::zeroed() };
+            // Where its iovecs begin, until all of them have their places.
+            message.msg_hdr.msg_iov = std::ptr::without_provenance_mut(first);
             message.msg_hdr.msg_iovlen = (iovecs.len() - first) as _;
             messages.push(message);
         }
-        let mut at = 0;
         for message in messages.iter_mut() {
-            message.msg_hdr.msg_iov = iovecs.as_mut_ptr().wrapping_add(at);
-            at += message.msg_hdr.msg_iovlen as usize;
+            message.msg_hdr.msg_iov = iovecs.as_mut_ptr().wrapping_add(message.msg_hdr.msg_iov.addr());
         }
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         // SAFETY: every message points at its own iovecs, these at headers in `runs` and at frames that the outbox holds (it

@@ -21,7 +21,6 @@ pub(super) trait SendEngine {
 }
 
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "a few values a process")]
 enum Rung {
     Uring(UringTransmit),
     Plain(PlainTransmit, Reason),
