@@ -325,9 +325,8 @@ pub fn missing<'a>(rules: &'a [Rule], known: &BTreeMap<String, Interface>) -> BT
     named.filter(|(name, _)| !known.contains_key(*name)).collect()
 }
 
-/// What the language allows and this build can't do yet is refused, never quietly done another way.
+/// Rules and options that contradict each other are refused, never quietly done another way.
 pub fn check_supported(rules: &[Rule], options: &Options) -> Result<(), RunError> {
-    let missing = |field: &str, what: &str, hint: &str| Err(RunError::bad(field, format!("{what} is not part of this version"), hint));
     for rule in rules {
         if options.backend == BackendChoice::Kernel && matches!(rule.path, PathChoice::Xsk | PathChoice::Packet) {
             let problem = format!("rule {} asks for a worker, and --backend kernel starts none", rule.id);
