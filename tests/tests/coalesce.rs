@@ -88,11 +88,12 @@ fn sixteen_outputs_get_their_own(path: &Path) {
     let relay = path.start(&lab, &[&format!("r0 239.1.1.1:5000 -> {}; id=a", outputs.join(", "))]).unwrap();
     let listeners: Vec<Listener> = groups.iter().map(|to| Listener::on(lab.sink(1), "k1", to, Some(1_000)).unwrap()).collect();
     let (counted, before) = (relay.stats().unwrap(), skbs_sent(&lab));
-    send_in_bursts(&lab, &relay, GROUP, 1_000, 10);
+    send_in_bursts(&lab, &relay, GROUP, 1_000, 40);
     listeners.into_iter().for_each(|listener| assert_whole(listener, 1_000));
     await_moved(&relay, &counted, "a", &Moved::all(1_000, 16)).unwrap();
     let skbs = skbs_sent(&lab) - before;
-    assert!(skbs < 4_000, "{skbs} skbs for 16,000 datagrams: nothing was coalesced");
+    // An output whose first packets came one by one is sent directly for the rest: not all must have been coalesced.
+    assert!(skbs < 16_000, "{skbs} skbs for 16,000 datagrams: nothing was coalesced");
     closes(&relay, path);
 }
 
