@@ -272,7 +272,9 @@ impl<R: Receive> Ingress<R> {
         self.staging.published = 0;
         for (port, ring) in self.egress.iter_mut().enumerate() {
             let Some(ring) = ring else { continue };
-            let mark = EgressMark { position: ring.position(), room: ring.free_for(BATCH_LEN as u32 * 4) };
+            // All there is, not what was known to be free: a batch for many outputs needs more than any fixed number.
+            let room = ring.free_for(ring.capacity());
+            let mark = EgressMark { position: ring.position(), room };
             self.journal.mark(port, mark);
             set(&mut self.staging.room, port, mark.room);
             set(&mut self.staging.staged, port, 0);
