@@ -11,7 +11,7 @@
 //!
 //! // One channel for each producer; whoever reads them all maps them read-only.
 //! let writers = [Writer::<u64>::create("a", 64)?, Writer::create("b", 64)?];
-//! let readers = writers.iter().map(|writer| Reader::open(duplicate(writer.as_fd())?)).collect::<Result<Vec<_>, ChannelError>>()?;
+//! let readers = writers.iter().map(|writer| Reader::<u64>::open(duplicate(writer.as_fd())?)).collect::<Result<Vec<_>, ChannelError>>()?;
 //! let mut aggregator = Aggregator::new(readers);
 //! let mut shards = Shards::new(writers.into()).expect("two of them");
 //! for key in 0..10_u64 {
