@@ -126,14 +126,12 @@ fn a_run_with_bad_arguments_changes_nothing() {
             "r2 239.1.1.1:5000 -> r1 ttl=keep ; colour=red",
             "r2 239.1.1.1:5000 -> r1 [ff3e::1]",
             "r2 224.0.0.5:5000 -> r1",
-            "r2 239.1.1.1:5000 -> r1 ; path=kernel",
         ] {
             refused_run(lab, &["--rule", rule], 2);
         }
         assert_eq!(refused_run(lab, &["--rule", OTHER, "--cpus", "4000"], 2).field, "--cpus");
         refused_run(lab, &["--rule", OTHER, "--workers", "0"], 2);
         refused_run(lab, &["--rule", OTHER, "--backend", "telepathy"], 2);
-        refused_run(lab, &["--rule", OTHER, "--backend", "kernel"], 2);
         let second = refused_run(lab, &["--rule", OTHER], 2);
         assert!(second.field == "ingress" && second.message.contains(&format!("pid {}", relay.pid())), "{second:?}");
         let socket = relay.socket();
