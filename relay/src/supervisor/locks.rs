@@ -11,6 +11,10 @@ use nix::sys::socket::{
 };
 use nix::unistd::Pid;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// Workers of a dead relay leave within 40 ms (`--linger 0`), later on a machine without a free CPU; a start waits for so long.
+const ORPHANS_LEAVE: Duration = Duration::from_millis(500);
 
 /// The lock of one interface.
 #[derive(Debug)]
@@ -25,21 +29,27 @@ fn address(ifindex: u32) -> Result<UnixAddr, Errno> {
 
 /// Takes the lock of an interface, or says who holds it.
 pub fn take(ifindex: u32, name: &str) -> Result<Lock, RunError> {
-    match try_take(ifindex) {
-        Ok(lock) => Ok(lock),
-        Err(Errno::EADDRINUSE) => {
-            let maker = holder(ifindex).ok();
-            let alive = maker.is_none_or(|pid| !matches!(kill(Pid::from_raw(pid), None), Err(Errno::ESRCH)));
-            let maker = maker.map_or_else(|| "another relay".into(), |pid| format!("pid {pid}"));
-            Err(if alive {
-                let hint = "stop that relay, or add the rule to it with `relay rule add`";
-                RunError::bad("ingress", format!("interface {name} is served by {maker} already"), hint)
-            } else {
-                let hint = "wait until its --linger is over, or kill its workers";
-                RunError::bad("ingress", format!("interface {name} is served by orphans of {maker}"), hint)
-            })
+    let begin = Instant::now();
+    // Asked once: nobody accepts the connection that asks, and the queue for them is short.
+    let mut asked = None;
+    loop {
+        match try_take(ifindex) {
+            Ok(lock) => return Ok(lock),
+            Err(Errno::EADDRINUSE) => {}
+            Err(errno) => return Err(RunError::failure(format!("lock of interface {name}: {errno}"))),
         }
-        Err(errno) => Err(RunError::failure(format!("lock of interface {name}: {errno}"))),
+        let maker = *asked.get_or_insert_with(|| holder(ifindex).ok());
+        let alive = maker.is_none_or(|pid| !matches!(kill(Pid::from_raw(pid), None), Err(Errno::ESRCH)));
+        let maker = maker.map_or_else(|| "another relay".into(), |pid| format!("pid {pid}"));
+        if alive {
+            let hint = "stop that relay, or add the rule to it with `relay rule add`";
+            return Err(RunError::bad("ingress", format!("interface {name} is served by {maker} already"), hint));
+        }
+        if begin.elapsed() >= ORPHANS_LEAVE {
+            let hint = "wait until its --linger is over, or kill its workers";
+            return Err(RunError::bad("ingress", format!("interface {name} is served by orphans of {maker}"), hint));
+        }
+        std::thread::sleep(ORPHANS_LEAVE / 50);
     }
 }
 
