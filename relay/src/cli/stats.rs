@@ -56,18 +56,7 @@ fn reasons(drops: &BTreeMap<String, u64>) -> String {
 
 /// Where the frames are; empty places are left out.
 fn frames(frames: &FrameStats) -> String {
-    let places = [
-        ("free", frames.free),
-        ("fill", frames.fill),
-        ("rx", frames.rx),
-        ("egress", frames.egress),
-        ("return", frames.returning),
-        ("tx", frames.tx),
-        ("completion", frames.completion),
-        ("hand", frames.hand),
-        ("kernel", frames.kernel),
-        ("lost_invalid", frames.lost_invalid),
-    ];
+    let places = frames.places();
     let taken: Vec<String> = places.iter().filter(|(_, count)| *count > 0).map(|(place, count)| format!("{place} {count}")).collect();
     format!("frames: {} = {}\n", frames.total, if taken.is_empty() { "none".into() } else { taken.join(" + ") })
 }

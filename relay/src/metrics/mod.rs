@@ -171,18 +171,7 @@ fn outputs(page: &mut Page, rules: &[RuleStats]) {
 
 fn frames(page: &mut Page, frames: &FrameStats) {
     page.family("relay_frames", "gauge", "Frames of packet memory by place; the places add up to all there are.");
-    let places = [
-        ("free", frames.free),
-        ("fill", frames.fill),
-        ("rx", frames.rx),
-        ("egress", frames.egress),
-        ("return", frames.returning),
-        ("tx", frames.tx),
-        ("completion", frames.completion),
-        ("hand", frames.hand),
-        ("kernel", frames.kernel),
-        ("lost_invalid", frames.lost_invalid),
-    ];
+    let places = frames.places();
     for (place, count) in places {
         page.sample("relay_frames", &[("place", place)], count);
     }

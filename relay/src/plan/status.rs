@@ -104,6 +104,24 @@ pub struct FrameStats {
     pub lost_invalid: u64,
 }
 
+impl FrameStats {
+    /// Every place with its name, in the order of a frame's way; the counts add up to `total`.
+    pub const fn places(&self) -> [(&'static str, u64); 10] {
+        [
+            ("free", self.free),
+            ("fill", self.fill),
+            ("rx", self.rx),
+            ("egress", self.egress),
+            ("return", self.returning),
+            ("tx", self.tx),
+            ("completion", self.completion),
+            ("hand", self.hand),
+            ("kernel", self.kernel),
+            ("lost_invalid", self.lost_invalid),
+        ]
+    }
+}
+
 /// Why a status segment could not be made or used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StatusError {

@@ -376,7 +376,12 @@ impl Worker {
 
 /// Whether the threads of a split worker have to share their CPUs. Unknown counts as no.
 fn is_crowded(manifest: &Manifest) -> bool {
-    manifest.split && std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() < CROWDED_BELOW)
+    manifest.split
+        && match manifest.cpus.as_slice() {
+            // Asked by a thread that is pinned already, the kernel would count one CPU.
+            [ingress, others @ ..] => others.iter().all(|cpu| cpu == ingress),
+            [] => std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() < CROWDED_BELOW),
+        }
 }
 
 fn zero_if_new<Z: IntoIterator<Item = (usize, Counter)>>(
