@@ -4,7 +4,7 @@
 //! within 1 s.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot set up its world has failed")]
 
-use relay::lab::Namespace;
+use relay::lab::{Namespace, enable_gro};
 use relay_tests::paths::{Path, moved};
 use relay_tests::{
     Lab, LabSpec, Listener, RelayProcess, Sending, assert_frames_conserved, assert_rules_conserved, on_every_path, send_args,
@@ -42,6 +42,7 @@ fn make_link(lab: &Lab, link: u32) {
     lab.sink(link)
         .ip_batch(&format!("addr add 10.0.{link}.2/24 dev k{link}\nlink set k{link} up\nroute add 224.0.0.0/4 dev k{link}\n"))
         .unwrap();
+    enable_gro(lab.sink(link), &format!("k{link}")).unwrap();
 }
 
 /// Makes the link `r0`–`s0` again.

@@ -2,7 +2,7 @@
 //! suspicion are told. A rule that would feed itself is refused.
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up its world has failed")]
 
-use relay::lab::{Namespace, RelayProcess};
+use relay::lab::{Namespace, RelayProcess, enable_gro};
 use relay_tests::paths::{Moved, Path, await_moved};
 use relay_tests::{assert_rules_conserved, on_every_path, relay_bin, send_args};
 use std::time::Duration;
@@ -37,6 +37,9 @@ fn world() -> World {
     }
     lines += &format!("link add ps type veth peer name s0 netns {}\nlink set ps master seg0\nlink set ps up\n", world.sender.name());
     world._segments.ip_batch(&lines).unwrap();
+    for port in ["p00", "p01", "p10", "p11"] {
+        enable_gro(&world._segments, port).unwrap();
+    }
     for (number, relay) in world.relays.iter().enumerate() {
         let legs = (0..2).map(|segment| format!("addr add 10.0.{segment}.{}/24 dev r{segment}\nlink set r{segment} up\n", number + 1));
         relay.ip_batch(&legs.collect::<String>()).unwrap();

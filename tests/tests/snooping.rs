@@ -5,9 +5,9 @@
 //! which proves that the bridge snoops.
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up its world has failed")]
 
-use relay::lab::Namespace;
 use relay::lab::recv::Report;
 use relay::lab::send::send;
+use relay::lab::{Namespace, enable_gro};
 use relay_tests::paths::{PATHS, Path};
 use relay_tests::{Listener, RelayProcess, needs_root, relay_bin, rule_stats, send_args};
 use std::time::Duration;
@@ -73,6 +73,7 @@ fn build() -> Switched {
     );
     lab.relay.ip_batch(&relay).unwrap();
     lab.sink.ip_batch("addr add 10.0.1.2/24 dev k1\naddr add fd00:0:0:1::2/64 dev k1 nodad\nlink set k1 up\n").unwrap();
+    enable_gro(&lab.sink, "k1").unwrap();
     lab
 }
 

@@ -30,4 +30,4 @@ pub mod xsk;
 pub use error::LabError;
 pub use netns::Namespace;
 pub use process::RelayProcess;
-pub use topology::{Lab, LabSpec};
+pub use topology::{Lab, LabSpec, enable_gro};

@@ -60,7 +60,7 @@ impl Lab {
         for link in 1..=lab.spec.sinks {
             lab.sink(link).ip_batch(&lab.sink_lines(link))?;
         }
-        lab.enable_gro()?;
+        lab.enable_gro_everywhere()?;
         Ok(lab)
     }
 
@@ -119,12 +119,12 @@ impl Lab {
         lines
     }
 
-    fn enable_gro(&self) -> Result<()> {
-        gro(&self.src, "s0")?;
+    fn enable_gro_everywhere(&self) -> Result<()> {
+        enable_gro(&self.src, "s0")?;
         for link in 0..=self.spec.sinks {
-            gro(&self.relay, &format!("r{link}"))?;
+            enable_gro(&self.relay, &format!("r{link}"))?;
         }
-        (1..=self.spec.sinks).try_for_each(|link| gro(self.sink(link), &format!("k{link}")))
+        (1..=self.spec.sinks).try_for_each(|link| enable_gro(self.sink(link), &format!("k{link}")))
     }
 }
 
@@ -142,7 +142,8 @@ fn quieten(namespace: &Namespace) -> Result<()> {
     Ok(())
 }
 
-fn gro(namespace: &Namespace, iface: &str) -> Result<()> {
+/// Turns GRO on at a veth interface, so that its peer takes redirected packets (`veth_xdp_xmit` wants a peer that polls).
+pub fn enable_gro(namespace: &Namespace, iface: &str) -> Result<()> {
     namespace.output("ethtool", &["-K", iface, "gro", "on"]).map(drop).map_err(|error| match error {
         LabError::Missing { .. } => LabError::Missing { tool: "ethtool", remedy: "install ethtool (apt-get install ethtool)" },
         other => other,

@@ -181,7 +181,8 @@ fn by_ingress(rule: &Rule, facts: &Facts) -> Option<String> {
 fn by_egress(egress: &EgressFacts) -> Option<String> {
     let name = &egress.name;
     if !egress.present {
-        return Some(format!("interface {name} is missing"));
+        // Its own outputs wait for it, on any path; the others go on.
+        return None;
     }
     match egress.takes_redirected {
         Some(true) => None,
@@ -226,7 +227,6 @@ mod tests {
             (PLAIN, |f| f.egress[0].takes_redirected = Some(false), "gro on"),
             (PLAIN, |f| (f.egress[0].takes_redirected, f.egress[0].kind) = (Some(false), String::new()), "NDO_XMIT"),
             (PLAIN, |f| f.egress[0].takes_redirected = None, "6.3"),
-            (PLAIN, |f| f.egress[0].present = false, "missing"),
         ];
         for (line, change, word) in cases {
             let mut auto = facts(Wish::Auto);
@@ -248,6 +248,16 @@ mod tests {
         for line in [PLAIN, "a 239.1.1.1:5000 -> b vlan=7 dscp=46 src=egress, b ttl=3; exact=yes"] {
             let decision = choose(&rule(line), &facts(Wish::Auto));
             assert_eq!((decision.path, decision.engine, decision.unmet), (Path::Kernel, "xdp", None), "{line}");
+        }
+    }
+
+    #[test]
+    fn an_output_without_its_interface_is_no_obstacle_for_the_others() {
+        for wish in [Wish::Auto, Wish::Kernel] {
+            let mut facts = facts(wish);
+            (facts.egress[0].present, facts.egress[0].takes_redirected) = (false, None);
+            assert_eq!(choose(&rule(PLAIN), &facts).unmet, None);
+            assert_eq!(choose(&rule(PLAIN), &facts).path, Path::Kernel);
         }
     }
 

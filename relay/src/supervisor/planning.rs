@@ -19,7 +19,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 /// Between two looks at what no notice tells: whether egress interfaces take redirected packets.
-const LOOK_PERIOD: Duration = Duration::from_millis(500);
+const LOOK_PERIOD: Duration = Duration::from_millis(100);
 
 /// The planner's words by rule id.
 pub(super) type Decisions = BTreeMap<String, Decision>;

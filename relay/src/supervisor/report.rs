@@ -192,8 +192,9 @@ impl Supervisor {
 
     /// Rules some of whose packets expire while others go out.
     pub fn look_for_loops(&mut self, now: Instant) {
+        let drops = self.kernel_drops();
         let sights: Vec<(String, Sight)> =
-            self.book.set.rules().iter().filter_map(|rule| Some((rule.id.clone(), self.sight(rule)?))).collect();
+            self.book.set.rules().iter().filter_map(|rule| Some((rule.id.clone(), self.sight(rule, &drops)?))).collect();
         for (id, sight) in &sights {
             if self.loops.look(id, *sight, now) {
                 tracing::warn!(rule = %id, expired = sight.expired, "packets expire by TTL while others go out: does another relay send them back?");
@@ -203,13 +204,12 @@ impl Supervisor {
         self.loops.retain(|id| book.set.get(id).is_some());
     }
 
-    fn sight(&self, rule: &Rule) -> Option<Sight> {
-        let slots = self.book.slots(&rule.id)?;
-        let counted = |index| self.rule_counter(slots, index).packets;
-        let outputs = rule.outputs.iter().zip(&slots.outputs).filter(|(output, _)| output.ttl == Ttl::Dec);
-        Some(outputs.fold(Sight::default(), |sum, (_, slot)| Sight {
-            sent: sum.sent + counted(output_tx(*slot as usize)),
-            expired: sum.expired + counted(output_drop(*slot as usize, OutputDropReason::TtlExpired)),
+    fn sight(&self, rule: &Rule, drops: &Drops) -> Option<Sight> {
+        let stats = self.rule_stats(rule, drops)?;
+        let outputs = rule.outputs.iter().zip(&stats.outputs).filter(|(output, _)| output.ttl == Ttl::Dec);
+        Some(outputs.fold(Sight::default(), |sum, (_, output)| Sight {
+            sent: sum.sent + output.tx_packets,
+            expired: sum.expired + output.drops.get(OutputDropReason::TtlExpired.name()).copied().unwrap_or(0),
         }))
     }
 
