@@ -7,6 +7,14 @@
 //! ```
 //! A plan and its outputs are written once and never changed: a change is another plan, and the word in `RULE_PLANS` is what
 //! puts it in force. (Editing a live devmap loses or duplicates packets.)
+//!
+//! A redirect is not yet a packet sent. What becomes of it is learnt from the kernel's tracepoints, on the CPU it came in on and
+//! before its NAPI turn is over:
+//! ```text
+//! one output:  QUEUES[device] ──────────────────────────▶ xdp_devmap_xmit(sent, drops): the first are sent, the rest refused
+//! several:     COPIES[packet] ─▶ egress program: PASSED ─▶ the same
+//!                     └─────────▶ napi_poll: copies that have come to no device are refused
+//! ```
 
 use crate::edit::Edit;
 
@@ -25,15 +33,18 @@ pub const MAX_DEVICES: u32 = crate::MAX_INTERFACES;
 /// Longest packet from the IP header on that the kernel path takes: packets up to this are in one linear buffer, and a copy
 /// of one fits a page with its headroom (`xdpf_clone`).
 pub const MAX_LINEAR_L3_LEN: u32 = 3400;
-/// Packets between arrival and the end of their copies' way through the egress program, rounded up (a NAPI turn has 64).
-pub const ORDINAL_SLOTS: u32 = 256;
+/// Packets that go out several times in one NAPI turn (64), and more than enough.
+pub const COPIES_SLOTS: u32 = 256;
+/// Packets on their way into one device from one CPU: the kernel's bulk queue (16) and the one that makes it overflow,
+/// rounded up to a power of two.
+pub const QUEUE_SLOTS: u32 = 32;
+/// The index of a redirect to all devices of a map, which looks at none: no index of `DEVICES`.
+pub const EVERY_DEVICE: u32 = u32::MAX;
 /// Entries of `KERNEL_DROPS`.
 pub const MAX_DROP_KEYS: u32 = 65_536;
 
 /// `KernelPlan::flags`: several ready outputs, through `BROADCASTS`.
 pub const PLAN_SEVERAL: u32 = 1;
-/// `KernelPlan::flags`: two ready outputs share a device, so its copies are told apart by their order.
-pub const PLAN_SHARED_DEVICE: u32 = 2;
 /// `KernelPlan::flags`: some output can't send; every packet is counted for it.
 pub const PLAN_BLOCKED: u32 = 4;
 /// `KernelPlan::flags`: no output can send.
@@ -55,7 +66,7 @@ pub struct KernelOutput {
     pub blocked: u32,
 }
 
-/// What becomes of a rule's packets. 112 bytes.
+/// What becomes of a rule's packets. 120 bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct KernelPlan {
@@ -75,6 +86,8 @@ pub struct KernelPlan {
     pub min_ttl: u32,
     /// 4 or 6.
     pub family: u32,
+    /// Bit k: output `first_output + k` is ready.
+    pub ready: u64,
     /// The only ready output, unless [`PLAN_SEVERAL`].
     pub only: KernelOutput,
 }
@@ -90,14 +103,60 @@ pub struct PlanDevice {
     pub ifindex: u32,
 }
 
-/// Which copies of a packet have found their output. 16 bytes.
+/// A packet that goes out several times, and which of its copies have come to their device. 40 bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Ordinal {
-    /// The packet's number.
-    pub sequence: u64,
-    /// Bit k: output `first_output + k` is taken.
+pub struct Copies {
+    /// Bit k: output `first_output + k` gets a copy.
+    pub ready: u64,
+    /// Bit k: that copy has come.
     pub taken: u64,
+    /// The packet's number.
+    pub sequence: u32,
+    /// [`KernelPlan::first_output`].
+    pub first_output: u32,
+    /// [`KernelPlan::serial`].
+    pub serial: u32,
+    /// Bytes of the whole packet.
+    pub len: u32,
+    /// Its TTL or hop limit.
+    pub ttl: u32,
+    /// Bytes from the IP header on.
+    pub l3_len: u32,
+}
+
+/// The packets of [`Copies`] on one CPU: those up to `settled` have no copy on its way any more. 8 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Span {
+    /// The last number given out.
+    pub last: u32,
+    /// The last number looked at.
+    pub settled: u32,
+}
+
+/// A packet on its way into a device. 12 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Queued {
+    /// Slot of its output's counters.
+    pub slot: u32,
+    /// Serial of its rule.
+    pub serial: u32,
+    /// Bytes to send.
+    pub len: u32,
+}
+
+/// Packets on their way, in order: numbers `tail..head`, each in the place of its low bits. 392 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Queue {
+    /// The next to be written.
+    pub head: u32,
+    /// The next to be settled.
+    pub tail: u32,
+    /// The packets.
+    pub packets: [Queued; QUEUE_SLOTS as usize],
 }
 
 /// [`DropKey::kind`]: `slot` is a rule's, `reason` a `DropReason`.
@@ -151,9 +210,9 @@ pub struct Ticket {
     pub zero: u16,
     /// [`TICKET_MARK`]: where a source MAC stands, this bit pattern is none (the group bit is set).
     pub mark: u8,
-    /// `TICKET_*`.
+    /// [`TICKET_TAGS`].
     pub flags: u8,
-    /// The packet's number, low half.
+    /// [`Copies::sequence`].
     pub sequence: u32,
 }
 
@@ -161,16 +220,15 @@ pub struct Ticket {
 pub const TICKET_MARK: u8 = 0xff;
 /// [`Ticket::flags`]: number of VLAN tags.
 pub const TICKET_TAGS: u8 = 3;
-/// [`Ticket::flags`]: IPv6.
-pub const TICKET_IPV6: u8 = 4;
-/// [`Ticket::flags`]: as [`PLAN_SHARED_DEVICE`].
-pub const TICKET_SHARED_DEVICE: u8 = 8;
 
 const _: () = {
     assert!(size_of::<KernelOutput>() == 80);
-    assert!(size_of::<KernelPlan>() == 112);
+    assert!(size_of::<KernelPlan>() == 120);
     assert!(size_of::<PlanDevice>() == 8);
-    assert!(size_of::<Ordinal>() == 16);
+    assert!(size_of::<Copies>() == 40);
+    assert!(size_of::<Span>() == 8);
+    assert!(size_of::<Queued>() == 12);
+    assert!(size_of::<Queue>() == 392);
     assert!(size_of::<DropKey>() == 12);
     assert!(size_of::<Ticket>() == 12);
 };

@@ -234,5 +234,5 @@ mod pod {
         )+};
     }
     pod!(IngressConfig, MatchKey, MatchEntry, SourceKey, SourceVerdict, RedirectMeta, CounterValue, lab::Template, lab::Pace);
-    pod!(kernel::KernelPlan, kernel::KernelOutput, kernel::PlanDevice, kernel::DropKey, kernel::Ordinal);
+    pod!(kernel::KernelPlan, kernel::KernelOutput, kernel::PlanDevice, kernel::DropKey);
 }

@@ -29,7 +29,7 @@ fn libbpf_loads_the_relay_object() {
     assert_eq!(found("COUNTERS"), (MapType::PercpuArray, 4, 16, COUNTER_SLOTS * XdpCounter::COUNT));
     let mut programs: Vec<_> = object.progs().map(|program| program.name().to_string_lossy().into_owned()).collect();
     programs.sort();
-    assert_eq!(programs, ["relay", "relay_egress", "relay_plain", "relay_single"]);
+    assert_eq!(programs, ["relay", "relay_egress", "relay_flushed", "relay_plain", "relay_polled", "relay_refused", "relay_single"]);
 }
 
 #[test]

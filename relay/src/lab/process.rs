@@ -21,8 +21,9 @@ static NEXT: AtomicU32 = AtomicU32::new(0);
 const POLL: Duration = Duration::from_millis(20);
 /// Longest wait of [`RelayProcess::wait_ready`].
 const READY: Duration = Duration::from_secs(10);
-/// A relay without workers (kernel path alone) counts as ready after so long.
-const SETTLED: Duration = Duration::from_millis(500);
+/// A relay without workers (kernel path alone) is ready when it says so, or, told to say nothing, after so long.
+const SETTLED: Duration = Duration::from_secs(3);
+const FORWARDS: &str = "relay forwards";
 /// Longest wait for the last words of a relay that has ended.
 const LAST_WORDS: Duration = Duration::from_millis(100);
 
@@ -73,7 +74,7 @@ impl RelayProcess {
                 return Err(LabError::Invalid(format!("the relay ended with {status} before it was ready: {}", self.log().trim())));
             }
             if let Ok(status) = self.status()
-                && is_ready(&status, begin.elapsed())
+                && is_ready(&status, self.log().contains(FORWARDS) || begin.elapsed() > SETTLED)
             {
                 return Ok(status);
             }
@@ -223,9 +224,9 @@ fn tool(args: &[&str], stderr: &[u8]) -> LabError {
     LabError::Tool { command: format!("relay {}", args.join(" ")), stderr: String::from_utf8_lossy(stderr).trim().into() }
 }
 
-fn is_ready(status: &Value, waited: Duration) -> bool {
+fn is_ready(status: &Value, said_so: bool) -> bool {
     let workers = status["workers"].as_array().map(Vec::as_slice).unwrap_or_default();
-    workers.iter().all(|worker| worker["state"] == "run") && (!workers.is_empty() || waited > SETTLED)
+    workers.iter().all(|worker| worker["state"] == "run") && (!workers.is_empty() || said_so)
 }
 
 /// Copies a stream into the log, line by line; on to our stderr as well where RELAY_LAB_VERBOSE is set.

@@ -12,14 +12,16 @@ use crate::nic::afxdp::program::{KernelTables, ProgramError, kernel::Install};
 use crate::plan::edit::{TTL_DEC, TTL_KEEP};
 use crate::plan::records::SnapshotRule;
 use relay_common::kernel::{
-    KernelOutput, KernelPlan, MAX_LINEAR_L3_LEN, MAX_PLAN_OUTPUTS, MAX_PLANS, PLAN_BLOCKED, PLAN_NONE_READY, PLAN_SEVERAL,
-    PLAN_SHARED_DEVICE, PlanDevice,
+    KernelOutput, KernelPlan, MAX_LINEAR_L3_LEN, MAX_PLAN_OUTPUTS, MAX_PLANS, PLAN_BLOCKED, PLAN_NONE_READY, PLAN_SEVERAL, PlanDevice,
 };
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// Between taking a plan out of force and writing its places again: longer than any packet stays in a program.
 const REST: Duration = Duration::from_millis(200);
+
+/// The tables are out of use after so long without a rule: putting them in use again soon after would wait for the kernel.
+const UNUSED: Duration = Duration::from_secs(2);
 
 /// What one rule wants.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,6 +89,7 @@ pub struct KernelPath {
     current: BTreeMap<u32, Placed>,
     change: Option<Change>,
     resting: Vec<(Instant, Placed)>,
+    used_at: Instant,
     plans: Ranges,
     outputs: Ranges,
     /// Devices by place: interface, and whether entries carry the egress program.
@@ -103,6 +106,7 @@ impl Default for KernelPath {
             current: BTreeMap::new(),
             change: None,
             resting: Vec::new(),
+            used_at: Instant::now(),
             plans: Ranges::new(MAX_PLANS),
             outputs: Ranges::new(MAX_PLAN_OUTPUTS),
             devices: BTreeMap::new(),
@@ -125,11 +129,9 @@ pub fn wanted(rule: &SnapshotRule, device: impl Fn(u32) -> (u32, u32)) -> (u32, 
 /// The plan of a rule, but for the places of its outputs.
 fn plan(slot: u32, wanted: &Wanted, first_output: u32) -> KernelPlan {
     let ready = || wanted.outputs.iter().filter(|output| output.blocked == 0);
-    let devices: BTreeSet<u32> = ready().map(|output| output.ifindex).collect();
     let mut flags = 0;
     let count = ready().count();
     flags |= if count > 1 { PLAN_SEVERAL } else { 0 };
-    flags |= if devices.len() < count { PLAN_SHARED_DEVICE } else { 0 };
     flags |= if count < wanted.outputs.len() { PLAN_BLOCKED } else { 0 };
     flags |= if count == 0 { PLAN_NONE_READY | PLAN_BLOCKED } else { 0 };
     let mtu = |output: &KernelOutput| if output.edit.mtu == 0 { u32::MAX } else { output.edit.mtu };
@@ -147,6 +149,7 @@ fn plan(slot: u32, wanted: &Wanted, first_output: u32) -> KernelPlan {
         max_l3_len: ready().map(mtu).min().unwrap_or(MAX_LINEAR_L3_LEN).min(MAX_LINEAR_L3_LEN),
         min_ttl: ready().map(least_ttl).max().unwrap_or(0),
         family: wanted.family,
+        ready: by_device(wanted).into_values().fold(0, |all, mask| all | mask),
         only: ready().next().copied().unwrap_or_default(),
     }
 }
@@ -178,6 +181,14 @@ impl KernelPath {
     /// Whether the loop has to look here often.
     pub fn is_busy(&self) -> bool {
         self.change.is_some()
+    }
+
+    /// Whether packets may be on their way by these tables, or were a moment ago.
+    pub fn is_used(&mut self, now: Instant) -> bool {
+        if !(self.target.is_empty() && self.current.is_empty() && self.resting.is_empty()) {
+            self.used_at = now;
+        }
+        now < self.used_at + UNUSED
     }
 
     /// Goes on; true when the target is in force.
@@ -246,7 +257,7 @@ impl KernelPath {
             let before = self.devices.get(&output.device).copied();
             let egress = several || before.is_some_and(|(ifindex, egress)| egress && ifindex == output.ifindex);
             if before != Some((output.ifindex, egress)) {
-                tables.set_device(output.device, output.ifindex, egress)?;
+                tables.set_device(output.device, output.ifindex, egress, before.map(|(ifindex, _)| ifindex))?;
                 self.devices.insert(output.device, (output.ifindex, egress));
             }
         }
@@ -330,11 +341,12 @@ mod tests {
         let one = plan(3, &rule(vec![output(9, TTL_SET, 1500, 0)]), 40);
         assert_eq!((one.flags, one.min_ttl, one.max_l3_len, one.only.ifindex, one.first_output), (0, 0, 1500, 9, 40));
         let two = plan(3, &rule(vec![output(9, TTL_KEEP, 1500, 0), output(9, TTL_DEC, 600, 0)]), 0);
-        assert_eq!((two.flags, two.min_ttl, two.max_l3_len), (PLAN_SEVERAL | PLAN_SHARED_DEVICE, 2, 600));
+        assert_eq!((two.flags, two.min_ttl, two.max_l3_len), (PLAN_SEVERAL, 2, 600));
+        assert_eq!((one.ready, two.ready), (0b1, 0b11));
         let half = plan(3, &rule(vec![output(9, TTL_KEEP, 0, 1), output(8, TTL_KEEP, 0, 0)]), 0);
         assert_eq!((half.flags, half.only.ifindex, half.max_l3_len), (PLAN_BLOCKED, 8, MAX_LINEAR_L3_LEN));
         let none = plan(3, &rule(vec![output(9, TTL_KEEP, 0, 1)]), 0);
-        assert_eq!(none.flags, PLAN_BLOCKED | PLAN_NONE_READY);
+        assert_eq!((none.flags, none.ready, half.ready), (PLAN_BLOCKED | PLAN_NONE_READY, 0, 0b10));
     }
 
     #[test]

@@ -109,7 +109,9 @@ impl Supervisor {
 
     /// Takes the kernel path further; true when its target is in force.
     pub(super) fn kernel_turn(&mut self) -> Result<bool, RunError> {
-        let Some(tables) = self.program.as_mut().and_then(|program| program.kernel_mut()) else { return Ok(true) };
+        let Some(program) = self.program.as_mut() else { return Ok(true) };
+        program.watch_kernel(self.kernel_path.is_used(Instant::now())).map_err(RunError::failure)?;
+        let Some(tables) = program.kernel_mut() else { return Ok(true) };
         self.kernel_path.turn(tables, Instant::now())
     }
 

@@ -89,7 +89,7 @@ impl Supervisor {
                 "up"
             }
             .into(),
-            refused: sends.iter().map(|report| report.refused).sum(),
+            refused: sends.iter().map(|report| report.refused).sum::<u64>() + self.refused_redirects(number),
             kick_errors: sends.iter().map(|report| report.kick_errors).sum(),
             link: match () {
                 () if !port.is_live() => "missing",
@@ -318,6 +318,11 @@ impl Supervisor {
 
     fn kernel_tables(&self) -> Option<&KernelTables> {
         self.program.as_ref()?.kernel().ok()
+    }
+
+    /// Packets of the kernel path that the interface would not take.
+    fn refused_redirects(&self, number: usize) -> u64 {
+        self.kernel_tables().map_or(0, |tables| tables.refused(number as u32))
     }
 
     fn kernel_drops(&self) -> Drops {

@@ -2,10 +2,12 @@
 //!
 //! A plan with one ready output: the packet is rewritten at once and redirected. With several: it goes to all of them by one
 //! broadcast, and [`relay_egress`] rewrites each copy on its way into the device's queue. Everything that an output drops is
-//! decided and counted at ingress; the egress program repeats the decision and only sends. All devmap entries carry the same
-//! egress program or none, since a device's bulk queue keeps the first packet's. Must never pass a packet of a rule it takes.
+//! decided and counted at ingress; the egress program repeats the decision. All devmap entries carry the same egress program
+//! or none, since a device's bulk queue keeps the first packet's. What is sent is counted by module `outcome`, which is told
+//! of every redirect. Must never pass a packet of a rule it takes.
 #![expect(unsafe_code, reason = "map values are borrowed from the kernel, packet memory is written by address")]
 
+use crate::outcome;
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{BPF_F_BROADCAST, BPF_NOEXIST, xdp_action::*, xdp_md},
@@ -37,19 +39,11 @@ static DEVICES: DevMap<{ MAX_DEVICES as usize }> = DevMap::new();
 static PLAN_DEVICES: HashMap<PlanDevice, u64, { MAX_PLAN_OUTPUTS as usize }> = HashMap::new();
 #[btf_map]
 static RULE_RX: PerCpuArray<CounterValue, { MAX_RULE_SLOTS as usize }> = PerCpuArray::new();
-#[btf_map]
-static OUTPUT_TX: PerCpuArray<CounterValue, { MAX_OUTPUT_SLOTS as usize }> = PerCpuArray::new();
 /// `BPF_F_NO_PREALLOC`: drops are rare.
 #[btf_map]
 static KERNEL_DROPS: PerCpuHashMap<DropKey, CounterValue, { MAX_DROP_KEYS as usize }, 1> = PerCpuHashMap::new();
 #[btf_map]
 static SUM_BUFFER: PerCpuArray<Buffer, 1> = PerCpuArray::new();
-/// The number of the next packet that goes out several times.
-#[btf_map]
-static SEQUENCE: PerCpuArray<u64, 1> = PerCpuArray::new();
-#[btf_map]
-static ORDINALS: PerCpuArray<Ordinal, { ORDINAL_SLOTS as usize }> = PerCpuArray::new();
-
 /// What a counter starts with. (A value on the stack would be cleared byte by byte.)
 static NOTHING: CounterValue = CounterValue { packets: 0, bytes: 0 };
 
@@ -134,7 +128,7 @@ fn is_own<const FAMILY: u8>(config: &IngressConfig, header: &Header) -> bool {
 
 /// Why an output does not get a packet, as far as that is known before it is copied.
 #[inline(always)]
-fn refusal(output: &KernelOutput, ttl: u32, l3_len: u32) -> Option<u16> {
+pub(crate) fn refusal(output: &KernelOutput, ttl: u32, l3_len: u32) -> Option<u16> {
     if output.blocked != 0 {
         return Some(output.blocked as u16 - 1);
     }
@@ -179,14 +173,14 @@ extern "C" fn look_at_each(number: u32, ttl: u32, l3_len: u32, len: u32, lost: u
 #[inline(always)]
 fn send_only<const L3: usize, const FAMILY: u8>(ctx: &XdpContext, plan: &KernelPlan, output: &KernelOutput, len: u32) -> u32 {
     if DEVICES.redirect(output.device, u64::from(XDP_DROP)).is_err() {
-        drop_for(DROP_OF_OUTPUT.into(), output.slot, plan.serial, SEND_FAILED.into(), len);
+        outcome::refused(output.device, &Queued { slot: output.slot, serial: plan.serial, len });
         return XDP_DROP;
     }
     if !rewrite::<L3, FAMILY>(ctx, &output.edit) {
         drop_for(DROP_OF_OUTPUT.into(), output.slot, plan.serial, NO_HEADROOM.into(), len);
         return XDP_DROP;
     }
-    packet::add(OUTPUT_TX.get_ptr_mut(output.slot), sent_len(ctx));
+    outcome::entered(output.device, Queued { slot: output.slot, serial: plan.serial, len: sent_len(ctx) });
     XDP_REDIRECT
 }
 
@@ -200,26 +194,15 @@ fn sent_len(ctx: &XdpContext) -> u32 {
 fn broadcast<const L3: usize, const FAMILY: u8>(ctx: &XdpContext, plan: &KernelPlan, number: u32, header: &Header, len: u32) -> u32 {
     let Some(devices) = BROADCASTS.get(number) else { return lose_all(number, header, len) };
     let Some(place) = Packet::new(ctx).place::<26>(0) else { return lose_all(number, header, len) };
-    if devices.redirect(0, u64::from(BPF_F_BROADCAST)).is_err() {
+    if devices.redirect(EVERY_DEVICE, u64::from(BPF_F_BROADCAST)).is_err() {
         return lose_all(number, header, len);
     }
-    let tags = ((L3 - 14) / 4) as u8;
-    let family = if FAMILY == 6 { TICKET_IPV6 } else { 0 };
-    let shared = if plan.flags & PLAN_SHARED_DEVICE != 0 { TICKET_SHARED_DEVICE } else { 0 };
-    let sequence = if shared == 0 { 0 } else { next_sequence() };
-    let ticket = Ticket { first_output: plan.first_output, zero: 0, mark: TICKET_MARK, flags: tags | family | shared, sequence };
+    let flags = ((L3 - 14) / 4) as u8;
+    let sequence = outcome::expect(plan, header.ttl, header.l3_len, len);
+    let ticket = Ticket { first_output: plan.first_output, zero: 0, mark: TICKET_MARK, flags, sequence };
     // SAFETY: `place` is 26 bytes within the packet, and a ticket has 12.
     unsafe { place.cast::<Ticket>().write_unaligned(ticket) };
     XDP_REDIRECT
-}
-
-#[inline(always)]
-fn next_sequence() -> u32 {
-    let Some(next) = SEQUENCE.get_ptr_mut(0) else { return 0 };
-    // SAFETY: this CPU's own element.
-    let next = unsafe { &mut *next };
-    *next += 1;
-    *next as u32
 }
 
 /// No output of a broadcast can be reached: each counts it. Those that would not have got the packet anyway have counted it
@@ -238,7 +221,7 @@ fn drop_for_rule(plan: &KernelPlan, reason: u16, len: u32) {
 /// Counts a drop. Looked at by itself, as [`look_at_each`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn drop_for(kind: u32, slot: u32, serial: u32, reason: u32, len: u32) -> u32 {
+pub(crate) extern "C" fn drop_for(kind: u32, slot: u32, serial: u32, reason: u32, len: u32) -> u32 {
     let key = DropKey { slot, serial, kind: kind as u16, reason: reason as u16 };
     if KERNEL_DROPS.get_ptr(&key).is_none() {
         // Somebody else may have been first; full is full, and then the sums show it.
@@ -248,49 +231,49 @@ extern "C" fn drop_for(kind: u32, slot: u32, serial: u32, reason: u32, len: u32)
     0
 }
 
+/// An output of a plan.
+#[inline(always)]
+pub(crate) fn output(number: u32) -> Option<&'static KernelOutput> {
+    OUTPUTS.get(number)
+}
+
 /// Runs on every packet that enters a device's queue through an entry that carries it: rewrites copies, passes what
 /// [`send_only`] has rewritten already.
 #[xdp(frags, map = "devmap")]
 fn relay_egress(ctx: XdpContext) -> u32 {
+    outcome::ran();
+    let md: *mut xdp_md = ctx.as_ptr().cast();
+    // SAFETY: the context this program was called with.
+    let ifindex = unsafe { (*md).egress_ifindex };
     let Some(place) = Packet::new(&ctx).place::<12>(0) else { return XDP_DROP };
     // SAFETY: `place` is 12 bytes within the packet.
     let ticket = unsafe { place.cast::<Ticket>().read_unaligned() };
     if ticket.mark != TICKET_MARK {
+        outcome::passed_on(ifindex);
         return XDP_PASS;
     }
-    let Some(output) = redeem(&ctx, &ticket) else { return XDP_DROP };
+    // Not redeemed: found at the end of the NAPI turn.
+    let Some((output, serial)) = redeem(&ticket, ifindex) else { return XDP_DROP };
     match ticket.flags & TICKET_TAGS {
-        0 => finish::<14>(&ctx, output),
-        1 => finish::<18>(&ctx, output),
-        _ => finish::<22>(&ctx, output),
+        0 => finish::<14>(&ctx, output, serial),
+        1 => finish::<18>(&ctx, output, serial),
+        _ => finish::<22>(&ctx, output, serial),
     }
 }
 
-/// The output a copy is for: the only one of its plan on this device, or the first that no other copy has taken.
+/// The output a copy is for, the first on this device that no other copy of the packet has taken; and its rule's serial.
 #[inline(always)]
-fn redeem(ctx: &XdpContext, ticket: &Ticket) -> Option<&'static KernelOutput> {
-    let md: *mut xdp_md = ctx.as_ptr().cast();
-    // SAFETY: the context this program was called with.
-    let ifindex = unsafe { (*md).egress_ifindex };
+fn redeem(ticket: &Ticket, ifindex: u32) -> Option<(&'static KernelOutput, u32)> {
     let key = PlanDevice { first_output: ticket.first_output, ifindex };
     // SAFETY: an entry is written before its plan and removed long after.
     let mask = *unsafe { PLAN_DEVICES.get(key) }?;
-    let ready = if ticket.flags & TICKET_SHARED_DEVICE == 0 { mask } else { not_taken(ticket.sequence, mask)? };
-    OUTPUTS.get(ticket.first_output + lowest_bit(ready))
-}
-
-/// The outputs on this device that no copy of this packet has taken; takes the first.
-#[inline(always)]
-fn not_taken(sequence: u32, mask: u64) -> Option<u64> {
-    let ordinal = ORDINALS.get_ptr_mut(sequence & (ORDINAL_SLOTS - 1))?;
-    // SAFETY: this CPU's own element; all copies of a packet stay on the CPU it came in on.
-    let ordinal = unsafe { &mut *ordinal };
-    if ordinal.sequence != u64::from(sequence) {
-        *ordinal = Ordinal { sequence: u64::from(sequence), taken: 0 };
+    let copies = outcome::copies(ticket.sequence)?;
+    let left = mask & !copies.taken;
+    if left == 0 {
+        return None;
     }
-    let left = mask & !ordinal.taken;
-    ordinal.taken |= left & left.wrapping_neg();
-    (left != 0).then_some(left)
+    copies.taken |= left & left.wrapping_neg();
+    Some((OUTPUTS.get(ticket.first_output + lowest_bit(left))?, copies.serial))
 }
 
 /// Place of the lowest bit; BPF has no instruction for it.
@@ -314,18 +297,25 @@ fn lowest_bit(bits: u64) -> u32 {
 }
 
 #[inline(always)]
-fn finish<const L3: usize>(ctx: &XdpContext, output: &KernelOutput) -> u32 {
-    let Some((ttl, l3_len)) = ttl_and_len::<L3>(ctx, &output.edit) else { return XDP_DROP };
+fn finish<const L3: usize>(ctx: &XdpContext, output: &KernelOutput, serial: u32) -> u32 {
+    let before = sent_len(ctx);
+    let Some((ttl, l3_len)) = ttl_and_len::<L3>(ctx, &output.edit) else { return unwritten(output, serial, before) };
     // Counted at ingress already.
     if refusal(output, ttl, l3_len).is_some() {
         return XDP_DROP;
     }
     let written = if output.edit.family == 4 { rewrite::<L3, 4>(ctx, &output.edit) } else { rewrite::<L3, 6>(ctx, &output.edit) };
     if !written {
-        return XDP_DROP;
+        return unwritten(output, serial, before);
     }
-    packet::add(OUTPUT_TX.get_ptr_mut(output.slot), sent_len(ctx));
+    outcome::passed(Queued { slot: output.slot, serial, len: sent_len(ctx) });
     XDP_PASS
+}
+
+#[inline(always)]
+fn unwritten(output: &KernelOutput, serial: u32, len: u32) -> u32 {
+    drop_for(DROP_OF_OUTPUT.into(), output.slot, serial, NO_HEADROOM.into(), len);
+    XDP_DROP
 }
 
 #[inline(always)]

@@ -3,9 +3,11 @@
 //! The only production loader. Nothing is pinned: program, maps and links die with the last descriptor. Must never know
 //! a rule: the planner turns rules into keys. Every call is a handful of `bpf(2)` calls and none waits for a grace period.
 
+mod btf;
 mod error;
 pub mod kernel;
 mod link;
+mod outcome;
 mod query;
 
 pub use error::ProgramError;
@@ -137,6 +139,11 @@ impl Program {
         self.kernel.as_mut().ok()
     }
 
+    /// Has the kernel tell what becomes of redirected packets, or not. To be on while the tables have a rule's plan.
+    pub fn watch_kernel(&mut self, on: bool) -> Result<(), ProgramError> {
+        self.kernel.as_mut().map_or(Ok(()), |tables| tables.watch(&mut self.ebpf, on))
+    }
+
     /// Attaches to an interface in exactly this mode. Refuses where any program is attached already, and where the
     /// kernel reports another mode or program afterwards.
     pub fn attach(&mut self, ifindex: u32, mode: Mode) -> Result<Attachment, ProgramError> {
@@ -227,13 +234,14 @@ impl Program {
     }
 }
 
-/// Creates the maps. No CO-RE relocation is in the object, so the kernel's own BTF isn't read.
+/// Creates the maps. No CO-RE relocation is in the object, so aya has no need of the kernel's own BTF.
 fn open(options: &LoadOptions<'_>, multi_buffer: bool) -> Result<Ebpf, ProgramError> {
     let embedded = if options.diagnostics { RELAY_LOG_OBJECT } else { RELAY_OBJECT };
-    let (multi_buffer, log) = (u32::from(multi_buffer), 1_u32);
+    let (multi_buffer, log, ifindex_at) = (u32::from(multi_buffer), 1_u32, outcome::ifindex_offset().unwrap_or(0));
     let mut loader = EbpfLoader::new();
     loader.btf(None).map_max_entries("MATCHES", options.matches).map_max_entries("SOURCES", options.sources);
     loader.override_global("MULTI_BUFFER", &multi_buffer, true);
+    loader.override_global("IFINDEX_AT", &ifindex_at, true);
     if options.diagnostics {
         loader.override_global("LOG", &log, true);
     }

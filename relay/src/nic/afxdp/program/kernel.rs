@@ -3,6 +3,7 @@
 //! Calls that wait for an RCU grace period (filling a place of the map of maps) run on a thread of their own. Must never write
 //! a plan that is in force, nor an entry of a devmap that is in use for a broadcast.
 
+use super::outcome::{self, Watch};
 use super::{ProgramError, map, on, xdp};
 use aya::Ebpf;
 use aya::maps::{Array, ArrayOfMaps, DevMap, HashMap, Map, MapData, PerCpuArray, PerCpuHashMap, PerCpuValues};
@@ -42,6 +43,7 @@ impl Install {
 
 /// The tables.
 pub struct KernelTables {
+    watch: Watch,
     egress: ProgramFd,
     cpus: usize,
     rule_plans: PerCpuArray<MapData, u64>,
@@ -49,14 +51,16 @@ pub struct KernelTables {
     outputs: Array<MapData, KernelOutput>,
     broadcasts: Arc<Mutex<ArrayOfMaps<MapData, Broadcast>>>,
     devices: DevMap<MapData>,
+    device_of: HashMap<MapData, u32, u32>,
     plan_devices: HashMap<MapData, PlanDevice, u64>,
     rule_rx: PerCpuArray<MapData, CounterValue>,
     output_tx: PerCpuArray<MapData, CounterValue>,
+    refused: PerCpuArray<MapData, u64>,
     drops: PerCpuHashMap<MapData, DropKey, CounterValue>,
 }
 
 impl KernelTables {
-    /// Has the kernel verify the egress program and takes the maps. The error is why there is no kernel path.
+    /// Has the kernel verify the other programs and takes the maps. The error is why there is no kernel path.
     pub(super) fn load(ebpf: &mut Ebpf) -> Result<Self, ProgramError> {
         let program = xdp(ebpf, EGRESS_PROGRAM)?;
         program.load().map_err(|error| ProgramError::load(EGRESS_PROGRAM, error))?;
@@ -66,6 +70,7 @@ impl KernelTables {
         };
         let cpus = aya::util::nr_cpus().map_err(|(what, error)| ProgramError::Diagnostics(format!("{what}: {error}")))?;
         Ok(Self {
+            watch: outcome::load(ebpf)?,
             egress,
             cpus,
             rule_plans: map(ebpf, "RULE_PLANS")?,
@@ -73,11 +78,18 @@ impl KernelTables {
             outputs: map(ebpf, "OUTPUTS")?,
             broadcasts: Arc::new(Mutex::new(map(ebpf, "BROADCASTS")?)),
             devices: map(ebpf, "DEVICES")?,
+            device_of: map(ebpf, "DEVICE_OF")?,
             plan_devices: map(ebpf, "PLAN_DEVICES")?,
             rule_rx: map(ebpf, "RULE_RX")?,
             output_tx: map(ebpf, "OUTPUT_TX")?,
+            refused: map(ebpf, "REFUSED")?,
             drops: map(ebpf, "KERNEL_DROPS")?,
         })
+    }
+
+    /// Attaches or detaches the programs that count what is sent.
+    pub(super) fn watch(&mut self, ebpf: &mut Ebpf, on: bool) -> Result<(), ProgramError> {
+        self.watch.set(ebpf, on)
     }
 
     fn everywhere<T: aya::Pod>(&self, value: T) -> Result<PerCpuValues<T>, ProgramError> {
@@ -107,7 +119,13 @@ impl KernelTables {
     }
 
     /// Where plans with one ready output send; `egress`: through the egress program, as any broadcast to that device does.
-    pub fn set_device(&mut self, device: u32, ifindex: u32, egress: bool) -> Result<(), ProgramError> {
+    /// `before`: the interface that had this place.
+    pub fn set_device(&mut self, device: u32, ifindex: u32, egress: bool, before: Option<u32>) -> Result<(), ProgramError> {
+        self.device_of.insert(ifindex, device, 0).map_err(on("DEVICE_OF", "adding a device"))?;
+        if let Some(before) = before.filter(|before| *before != ifindex) {
+            // It is gone; what the kernel still has for it is counted by nobody's queue.
+            let _ = self.device_of.remove(&before);
+        }
         let program = egress.then_some(&self.egress);
         self.devices.set(device, ifindex, program, 0).map_err(|error| ProgramError::Diagnostics(format!("map DEVICES: {error}")))
     }
@@ -145,6 +163,11 @@ impl KernelTables {
     /// Packets sent for an output.
     pub fn output_tx(&self, slot: u32) -> CounterValue {
         total(&self.output_tx, slot)
+    }
+
+    /// Packets that a device would not take.
+    pub fn refused(&self, device: u32) -> u64 {
+        self.refused.get(&device, 0).map(|values| values.iter().sum()).unwrap_or_default()
     }
 
     /// A rule slot counts from 0.
