@@ -99,7 +99,7 @@ pub(super) fn say_that_it_takes_time(listen: Duration, context: &Context) {
 }
 
 fn page(report: &Report, output: &Output) -> String {
-    let mut table = output::table(&["", "STAGE", "WHERE", "FINDING"]);
+    let mut table = output::table(&["VERDICT", "STAGE", "WHERE", "FINDING"]);
     for finding in &report.findings {
         table.add_row([
             output.state(finding.verdict.name(), mood(finding.verdict)),
