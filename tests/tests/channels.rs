@@ -100,5 +100,5 @@ fn req_000_11_the_memory_listed_is_what_the_kernel_says() {
     let listed: BTreeMap<String, u64> =
         rows.map(|row| (row["name"].as_str().unwrap().to_owned(), row["memory_bytes"].as_u64().unwrap())).collect();
     assert_eq!(listed, mapped(relay.worker_pids().unwrap()[0]), "every memfd that the worker maps, and nothing else");
-    assert_eq!(listed.len(), 5);
+    assert_eq!(listed.len(), 6);
 }

@@ -5,6 +5,7 @@
 
 mod apply;
 mod bench;
+mod capture;
 mod channels;
 mod check;
 mod completions;
@@ -15,6 +16,7 @@ pub mod failure;
 mod logs;
 mod man;
 pub mod output;
+mod pcapng;
 mod recv;
 mod rule;
 mod rules;
@@ -96,6 +98,8 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Why a rule moves no packets, in sentences; exit code 5 if it does not
     Why(why::WhyArgs),
+    /// Capture packets inside the relay, where tcpdump sees none: before and after the rewrite, and where they are dropped
+    Capture(capture::CaptureArgs),
     /// Shared-memory channels between supervisor and workers: memory, depth, what moved, what was lost
     Channels,
     /// Send numbered, stamped datagrams at a steady rate
@@ -170,6 +174,7 @@ fn dispatch(command: Command, context: &Context) -> Outcome {
         Command::Top(args) => top::run(&args, context),
         Command::Doctor(args) => doctor::run(&args, context),
         Command::Why(args) => why::run(&args, context),
+        Command::Capture(args) => capture::run(&args, context),
         Command::Channels => channels::run(context),
         Command::Send(args) => send::run(&args, context),
         Command::Recv(args) => recv::run(&args, context),
@@ -191,6 +196,7 @@ fn unexpected(response: &Response) -> Failure {
         Response::Stats(_) => "stats",
         Response::Channels(_) => "channels",
         Response::Changes(_) => "changes",
+        Response::Capture(_) => "capture",
         Response::Error(_) => "error",
     };
     Failure::new(1, format!("the daemon answered with {kind}, which was not asked for"))

@@ -5,9 +5,10 @@
 use super::framing::{self, FrameError, MAX_REQUEST_LEN, MAX_RESPONSE_LEN, Reassembly, Step};
 use super::message::{Request, Response};
 use super::path::connect;
+use crate::shm::share::Receiving;
 use nix::sys::socket::{MsgFlags, send};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -118,11 +119,18 @@ impl Client {
 
     /// Asks once and waits for the answer; the connection can be used again.
     pub fn request(&mut self, request: &Request) -> Result<Response, ClientError> {
+        self.request_with(request).map(|(response, _)| response)
+    }
+
+    /// The same, with the descriptors that came along.
+    pub fn request_with(&mut self, request: &Request) -> Result<(Response, Vec<OwnedFd>), ClientError> {
         let bytes = framing::encode(request, MAX_REQUEST_LEN).map_err(|source| self.broken(source))?;
         let until = Instant::now() + PATIENCE;
         self.write(&bytes, until)?;
-        let document = self.read(until)?;
-        framing::decode(&document).map_err(|source| self.broken(source))
+        let mut source = Receiving::from(&self.stream);
+        let document = self.read(&mut source, until)?;
+        let response = framing::decode(&document).map_err(|source| self.broken(source))?;
+        Ok((response, source.descriptors))
     }
 
     /// A daemon that refuses closes before it has read everything: then its reason is still to be read.
@@ -140,12 +148,12 @@ impl Client {
         Ok(())
     }
 
-    fn read(&self, until: Instant) -> Result<Vec<u8>, ClientError> {
+    fn read(&self, source: &mut Receiving<'_>, until: Instant) -> Result<Vec<u8>, ClientError> {
         let mut reassembly = Reassembly::new(MAX_RESPONSE_LEN);
         loop {
             let left = self.left(until)?;
             self.stream.set_read_timeout(Some(left)).map_err(|error| self.failed(error))?;
-            match reassembly.step(&mut &self.stream) {
+            match reassembly.step(source) {
                 Ok(Step::More) => {}
                 Ok(Step::Whole(document)) => return Ok(document),
                 Ok(Step::Closed) => return Err(ClientError::Closed { path: self.path.clone() }),

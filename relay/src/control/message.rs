@@ -3,6 +3,7 @@
 //! Plain data: must never hold behaviour. Keys are a contract; add, never rename.
 
 pub use crate::plan::status::FrameStats;
+pub use crate::plan::tap::Point;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -43,9 +44,32 @@ pub enum Request {
         /// Absolute path.
         file: Option<String>,
     },
+    /// Capture packets, or go on with it: must come again within [`CAPTURE_LEASE`]. The first answer brings the workers' tap
+    /// rings as descriptors (read-only, in the order of `workers`); packets are shown from the second request on, so that the
+    /// client has opened the rings by then.
+    Capture {
+        /// What the first answer gave; `None` the first time.
+        lease: Option<u64>,
+        /// Only this rule.
+        rule: Option<String>,
+        /// Where to look.
+        points: Vec<Point>,
+        /// Bytes of each packet.
+        snaplen: u32,
+        /// The epoch of the names that the client has.
+        epoch: Option<u64>,
+    },
+    /// Ends a capture before its lease runs out.
+    CaptureEnd {
+        /// Which.
+        lease: u64,
+    },
     /// Stop as on SIGTERM.
     Shutdown,
 }
+
+/// A capture that is not renewed ends after so long.
+pub const CAPTURE_LEASE: std::time::Duration = std::time::Duration::from_secs(3);
 
 /// What the supervisor answers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -63,6 +87,8 @@ pub enum Response {
     Channels(Box<Channels>),
     /// Answer to [`Request::Apply`].
     Changes(Changes),
+    /// Answer to [`Request::Capture`].
+    Capture(Box<Capture>),
     /// Refused: nothing was changed.
     Error(ErrorBody),
 }
@@ -265,6 +291,52 @@ pub struct OutputStats {
     pub tx_bytes: u64,
     /// Packets this output did not get, by reason.
     pub drops: BTreeMap<String, u64>,
+}
+
+/// What a capture needs to know.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capture {
+    /// Names the capture in later requests.
+    pub lease: u64,
+    /// Epoch of the names below.
+    pub epoch: u64,
+    /// Numbers of the workers, in the order of the descriptors.
+    pub workers: Vec<u32>,
+    /// Interfaces by port number.
+    pub ports: Vec<CapturePort>,
+    /// The rules, if the client's names are of another epoch.
+    pub rules: Option<Vec<CaptureRule>>,
+    /// Rules whose packets no worker sees, since the XDP program sends them itself: the first [`UNSEEN_NAMED`] of them.
+    pub unseen: Vec<String>,
+    /// How many of them there are.
+    pub unseen_count: u64,
+}
+
+/// An interface as records name it, by its place in the list.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CapturePort {
+    /// Name.
+    pub name: String,
+    /// Whether rules take packets here.
+    pub ingress: bool,
+    /// Whether rules send here.
+    pub egress: bool,
+}
+
+/// Rules named in [`Capture::unseen`] at most.
+pub const UNSEEN_NAMED: usize = 8;
+
+/// A rule as its records name it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CaptureRule {
+    /// Slot in the rules segment.
+    pub slot: u32,
+    /// Epoch at which it was installed.
+    pub serial: u32,
+    /// Name.
+    pub id: String,
+    /// Its outputs, in order: interface and destination.
+    pub outputs: Vec<String>,
 }
 
 /// `relay channels`.

@@ -18,11 +18,12 @@ use super::framing::{self, FrameError, MAX_REQUEST_LEN, MAX_RESPONSE_LEN, Reasse
 use super::message::{ErrorBody, Request, Response};
 pub use super::path::BindError;
 use super::path::BoundPath;
+use crate::shm::share::send_with;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{MsgFlags, getsockopt, send, sockopt::PeerCredentials};
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -76,6 +77,8 @@ struct Connection {
     stream: UnixStream,
     phase: Phase,
     deadline: Option<Instant>,
+    /// What goes along with the first byte of the next response.
+    descriptors: Vec<OwnedFd>,
 }
 
 #[derive(Debug)]
@@ -129,9 +132,15 @@ impl Server {
 
     /// Answers a request for which the handler returned `None`. False if that client has gone, or waits for nothing.
     pub fn reply(&mut self, token: ClientToken, response: &Response) -> bool {
+        self.reply_with(token, response, Vec::new())
+    }
+
+    /// [`Server::reply`] with descriptors, at most [`crate::shm::share::MAX_DESCRIPTORS`], that go along with its first byte.
+    pub fn reply_with(&mut self, token: ClientToken, response: &Response, descriptors: Vec<OwnedFd>) -> bool {
         let Some(mut connection) = self.connections.remove(&token.0) else { return false };
         let waits = matches!(connection.phase, Phase::Waiting);
         if waits {
+            connection.descriptors = descriptors;
             self.answer(&mut connection, response, false, Instant::now());
         }
         let stays = self.settle(token.0, connection, Fate::Stay);
@@ -175,7 +184,7 @@ impl Server {
         self.next_token += 1;
         if self.epoll.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, token)).is_ok() {
             let phase = Phase::Reading(Reassembly::new(MAX_REQUEST_LEN));
-            self.connections.insert(token, Connection { stream, phase, deadline: Some(now + IDLE_PATIENCE) });
+            self.connections.insert(token, Connection { stream, phase, deadline: Some(now + IDLE_PATIENCE), descriptors: Vec::new() });
         }
     }
 
@@ -303,8 +312,15 @@ impl Connection {
         let Phase::Writing { bytes, sent, close } = &mut self.phase else { return Fate::Stay };
         for _ in 0..SENDS_PER_TURN {
             let rest = bytes.get(*sent..).unwrap_or_default();
-            match send_some(&self.stream, rest) {
-                Ok(count) => *sent += count,
+            let done = match self.descriptors.as_slice() {
+                [] => send_some(&self.stream, rest),
+                descriptors => send_with(&self.stream, rest, descriptors),
+            };
+            match done {
+                Ok(count) => {
+                    *sent += count;
+                    self.descriptors.clear();
+                }
                 Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Fate::Stay,
                 Err(_) => return Fate::Gone,
             }

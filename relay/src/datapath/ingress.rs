@@ -10,6 +10,7 @@ use super::journal::{Armed, EgressMark, Journal, MOVE_RECYCLE, MOVE_REFILL, Move
 use super::rewrite::{Checked, inspect, rewrite};
 use super::table::{OutputPlan, RulePlan, Table};
 use super::tally::Tally;
+use super::tap::{Original, Tap};
 use crate::frame::HeldMap;
 use crate::frame::{COALESCE, CONTINUES, FRAME_SIZE, Frame, HEADROOM, MAX_FRAGMENTS, Pool, RawDesc, Umem};
 use crate::nic::{BATCH_DESCS, BATCH_LEN, Batch, Fragment, Packet, Receive, TAKEN_DESCS};
@@ -73,6 +74,7 @@ pub struct Ingress<R> {
     pub(super) counters: SharedArray<Counter>,
     pub(super) held: HeldMap,
     pub(super) held_by_senders: HeldMap,
+    tap: Tap,
     tally: Tally,
     batch: Batch,
     spare: ArrayVec<Frame, BATCH_DESCS>,
@@ -103,12 +105,14 @@ pub struct IngressParts<R> {
     pub held: HeldMap,
     /// Which frames sending packet ports held when the worker started.
     pub held_by_senders: HeldMap,
+    /// What shows packets to a capture.
+    pub tap: Tap,
 }
 
 impl<R: Receive> Ingress<R> {
     /// Puts the parts together; [`Ingress::recover`] comes next.
     pub fn new(parts: IngressParts<R>) -> Self {
-        let IngressParts { umem, pool, journal, ports, egress, returns, counters, held, held_by_senders } = parts;
+        let IngressParts { umem, pool, journal, ports, egress, returns, counters, held, held_by_senders, tap } = parts;
         Self {
             umem,
             pool,
@@ -119,6 +123,7 @@ impl<R: Receive> Ingress<R> {
             counters,
             held,
             held_by_senders,
+            tap,
             tally: Tally::default(),
             batch: Batch::new(),
             spare: ArrayVec::new(),
@@ -146,6 +151,12 @@ impl<R: Receive> Ingress<R> {
     /// Free frames.
     pub const fn free_frames(&self) -> u32 {
         self.pool.len()
+    }
+
+    /// What is to be captured from the next batch on (plan/tap.rs).
+    #[inline]
+    pub fn want(&mut self, word: u64) {
+        self.tap.want(word);
     }
 
     /// One turn over all ports. Returns the packets taken. Without `receiving` it only recycles (draining).
@@ -246,9 +257,11 @@ impl<R: Receive> Ingress<R> {
             now: if table.has_rates() { now() } else { 0 },
             ..Armed::default()
         };
+        self.tap.begin();
         let armed = self.arm(armed);
         self.process_batch(index, table, None, armed.now);
         self.commit(index, armed);
+        self.tap.flush();
         count
     }
 
@@ -325,11 +338,11 @@ impl<R: Receive> Ingress<R> {
         self.freed.clear();
         self.freed.extend(self.spare.drain(..).map(Frame::into_index));
         self.clocks.clear();
-        let Self { umem, pool, journal, egress, tally, batch, freed, staging, counters, clocks, .. } = self;
+        let Self { umem, pool, journal, egress, tally, tap, batch, freed, staging, counters, clocks, .. } = self;
         for (at, packet) in batch.drain(..).enumerate() {
             journal.at(at);
             let skip = poison.is_some_and(|bits| bits & 1u64.checked_shl(at as u32).unwrap_or(0) != 0);
-            let mut hand = Hand { umem, pool, egress, staging, tally, replay: poison.is_some(), now, counters, clocks };
+            let mut hand = Hand { umem, pool, egress, staging, tally, tap, replay: poison.is_some(), now, counters, clocks };
             let saved = journal.saved(at);
             let left = hand.packet(table, (number, ifindex), packet, &saved, skip);
             for fragment in left {
@@ -400,6 +413,7 @@ struct Hand<'a> {
     egress: &'a mut [Option<Producer<RawDesc>>],
     staging: &'a mut Staging,
     tally: &'a mut Tally,
+    tap: &'a mut Tap,
     /// A dead worker had this batch in hand: some of its rings may be published.
     replay: bool,
     /// CLOCK_MONOTONIC in 1/64 ns, for rate limits.
@@ -418,6 +432,10 @@ fn now() -> u64 {
 }
 
 type Fragments = ArrayVec<Fragment, MAX_FRAGMENTS>;
+
+fn original<'a>(umem: &'a Umem, head: &'a [u8], fragments: &'a Fragments, len: u64) -> Original<'a> {
+    Original { umem, head, fragments, len }
+}
 
 /// A packet whose headers are known.
 struct Parsed<'a> {
@@ -441,10 +459,12 @@ impl Hand<'_> {
             Ok(found) => found,
             Err(reason) => {
                 self.tally.add(port_drop(port, reason), len);
+                self.tap.refuse(port, &original(self.umem, head, &packet.fragments, len), reason);
                 return packet.fragments;
             }
         };
         self.tally.add(rule_rx(rule.slot as usize), len);
+        self.tap.arrive(port, rule, &original(self.umem, head, &packet.fragments, len));
         let checked = if table.is_own_source(ifindex, &headers.src) {
             Err(DropReason::OwnSource)
         } else {
@@ -454,6 +474,7 @@ impl Hand<'_> {
             Ok(checked) => self.fan_out(rule, &Parsed { headers, checked, head, len }, packet.fragments),
             Err(reason) => {
                 self.tally.add(rule_drop(rule.slot as usize, reason), len);
+                self.tap.leave(&original(self.umem, head, &packet.fragments, len), Err(reason));
                 packet.fragments
             }
         }
@@ -474,20 +495,22 @@ impl Hand<'_> {
         let Some((last, others)) = rule.outputs.split_last() else { return fragments };
         for output in others {
             let sent = self.admit(output, fragments.len()).and_then(|()| self.copy_out(output, parsed, &fragments));
-            self.count(output, parsed.len, sent);
+            self.count(output, parsed, &fragments, sent);
         }
         let published = self.staging.is_published(last.port);
         if self.replay && !published {
             restore(self.umem, &mut fragments, parsed.head);
         }
         let sent = self.admit(last, fragments.len()).and_then(|()| self.send_in_place(last, parsed, &mut fragments, published));
-        self.count(last, parsed.len, sent);
+        self.count(last, parsed, &fragments, sent);
+        self.tap.leave(&original(self.umem, parsed.head, &fragments, parsed.len), Ok(()));
         fragments
     }
 
-    fn count(&mut self, output: &OutputPlan, len: u64, sent: Result<(), OutputDropReason>) {
+    fn count(&mut self, output: &OutputPlan, parsed: &Parsed<'_>, fragments: &Fragments, sent: Result<(), OutputDropReason>) {
         let slot = output.slot as usize;
-        self.tally.add(sent.map_or_else(|reason| output_drop(slot, reason), |()| output_tx(slot)), len);
+        self.tally.add(sent.map_or_else(|reason| output_drop(slot, reason), |()| output_tx(slot)), parsed.len);
+        self.tap.asked(&original(self.umem, parsed.head, fragments, parsed.len), sent);
     }
 
     fn admit(&mut self, output: &OutputPlan, fragment_count: usize) -> Result<(), OutputDropReason> {
@@ -543,6 +566,7 @@ impl Hand<'_> {
         let fits = if published { Ok(()) } else { self.edit(output, parsed, &mut copies) };
         match fits {
             Ok(()) => {
+                self.tap.sent(self.umem, output, &copies);
                 self.stage(output, copies);
                 Ok(())
             }
@@ -572,6 +596,7 @@ impl Hand<'_> {
             return fits;
         }
         self.edit(output, parsed, fragments)?;
+        self.tap.sent(self.umem, output, fragments);
         self.stage(output, std::mem::take(fragments));
         Ok(())
     }

@@ -12,5 +12,6 @@ pub mod recover;
 pub mod rewrite;
 pub mod table;
 pub mod tally;
+pub mod tap;
 
 pub use crate::plan::{edit, fate};

@@ -19,7 +19,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering::{Acquire, Release};
 
 /// Counted up whenever a layout in this room changes.
-pub const LAYOUT_VERSION: u32 = 6;
+pub const LAYOUT_VERSION: u32 = 7;
 /// Commands that a worker may fall behind.
 pub const COMMANDS: u32 = 16;
 const MANIFEST_LEN: usize = 4096;
@@ -112,6 +112,8 @@ pub struct Manifest {
     pub work_fd: i32,
     /// Rules segment (read-only).
     pub rules_fd: i32,
+    /// Tap ring.
+    pub tap_fd: i32,
     /// Socket whose other end the supervisor holds: EOF is its death, a byte is "look at your segments".
     pub life_fd: i32,
     /// Two threads instead of one.
@@ -252,6 +254,7 @@ mod tests {
             umem_fd: 3,
             work_fd: 4,
             rules_fd: 5,
+            tap_fd: 7,
             life_fd: 6,
             split: false,
             io_uring: Engines::Best,

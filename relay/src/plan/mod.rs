@@ -10,4 +10,5 @@ pub mod planner;
 pub mod records;
 pub mod resolve;
 pub mod status;
+pub mod tap;
 pub mod work;

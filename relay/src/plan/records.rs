@@ -1,7 +1,7 @@
 //! The rules segment: one snapshot of the rule set for all workers, written by the supervisor, read-only to them.
 //!
 //! ```text
-//! 0 header (shm/header.rs) · 256 epoch u32 (the half in force is epoch & 1)
+//! 0 header (shm/header.rs) · 256 epoch u32 (the half in force is epoch & 1) · 264 what taps are wanted u64 (tap.rs)
 //! half: counts · rule records · output records · prefixes · own addresses · canonical texts
 //! ```
 //! Two halves: the supervisor writes the one not in force, then publishes the epoch; it writes a half again only when no
@@ -16,11 +16,11 @@ use crate::rule::Prefix;
 pub use crate::rule::prefix::to_bytes as address_bytes;
 use crate::shm::{HEADER_SIZE, Header, HeaderError};
 use crate::sys::shared::OutOfMapping;
-use crate::sys::{Mapping, SharedArray, SharedWord};
+use crate::sys::{Mapping, SharedArray, SharedWord, SharedWord64};
 use bytemuck::{Pod, Zeroable};
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 const MAX_PREFIXES: usize = 65_536;
 const MAX_OWN: usize = 4096;
@@ -219,6 +219,7 @@ impl Half {
 #[derive(Debug)]
 pub struct RulesSegment {
     epoch: SharedWord,
+    wanted: SharedWord64,
     halves: [Half; 2],
 }
 
@@ -240,7 +241,19 @@ impl RulesSegment {
     }
 
     fn map(m: &Arc<Mapping>) -> Result<Self, RecordsError> {
-        Ok(Self { epoch: SharedWord::new(m, HEADER_SIZE)?, halves: [Half::new(m, 0)?, Half::new(m, 1)?] })
+        let (epoch, wanted) = (SharedWord::new(m, HEADER_SIZE)?, SharedWord64::new(m, HEADER_SIZE + 8)?);
+        Ok(Self { epoch, wanted, halves: [Half::new(m, 0)?, Half::new(m, 1)?] })
+    }
+
+    /// What is to be captured (tap.rs). On the epoch's line, which a worker reads at every turn anyway.
+    #[inline]
+    pub fn wanted(&self) -> u64 {
+        self.wanted.load(Relaxed)
+    }
+
+    /// Says what is to be captured (supervisor).
+    pub fn want(&self, word: u64) {
+        self.wanted.store(word, Release);
     }
 
     /// Epoch in force.

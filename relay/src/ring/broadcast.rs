@@ -61,18 +61,38 @@ pub const fn bytes<T: Pod>(capacity: u32) -> usize {
 
 /// Makes an empty broadcast at `offset` of `memory`. Nobody may be attached to it.
 pub fn init<T: Pod>(memory: Arc<dyn Memory>, offset: usize, capacity: u32) -> Result<(), RingError> {
+    let words = room::<T>(memory, offset, capacity, Words::cleared)?;
+    head::<T>(&words, capacity);
+    Ok(())
+}
+
+/// The same in memory that is known to be zero (a new memfd): its slots are not touched, so they take no memory yet.
+pub fn init_zeroed<T: Pod>(memory: Arc<dyn Memory>, offset: usize, capacity: u32) -> Result<(), RingError> {
+    let words = room::<T>(memory, offset, capacity, Some)?;
+    head::<T>(&words, capacity);
+    Ok(())
+}
+
+fn room<T: Pod>(
+    memory: Arc<dyn Memory>,
+    offset: usize,
+    capacity: u32,
+    made: impl FnOnce(Words) -> Option<Words>,
+) -> Result<Words, RingError> {
     check_capacity(capacity)?;
     let needed = SLOTS + capacity as usize * stride::<T>();
     if !memory.writable() {
         return Err(RingError::ReadOnly);
     }
     let len = memory.len();
-    let words = Words::new(memory, offset, needed).and_then(Words::cleared);
-    let words = words.ok_or(RingError::DoesNotFit { offset, needed: needed * size_of::<AtomicU64>(), len })?;
+    let words = Words::new(memory, offset, needed).and_then(made);
+    words.ok_or(RingError::DoesNotFit { offset, needed: needed * size_of::<AtomicU64>(), len })
+}
+
+fn head<T: Pod>(words: &Words, capacity: u32) {
     for (word, value) in words.iter().zip(header::<T>(capacity)) {
         word.store(value, Ordering::Release);
     }
-    Ok(())
 }
 
 fn header<T: Pod>(capacity: u32) -> [u64; 4] {

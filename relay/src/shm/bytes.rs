@@ -4,9 +4,11 @@
 //! was lapped, or finds parts that do not belong together (the peer is untrusted), drops that message and counts it.
 //! Must never believe a length before it is checked against [`MAX_LEN`].
 
-use super::channel::{ChannelError, Reader, Writer};
+use super::channel::{self, ChannelError, Reader, Writer, duplicate};
+use super::segment::Segment;
 use crate::ring::{Behind, Received};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 /// Bytes of payload in a chunk.
 const PART: usize = 96;
@@ -50,8 +52,25 @@ pub struct ByteWriter {
 impl ByteWriter {
     /// A channel that holds `capacity` chunks of 96 bytes; a message may fill half of it.
     pub fn create(name: &str, capacity: u32) -> Result<Self, ChannelError> {
-        let max_len = MAX_LEN.min(capacity as usize / 2 * PART);
-        Ok(Self { chunks: Writer::create(name, capacity)?, message: 0, max_len })
+        Ok(Self { chunks: Writer::create(name, capacity)?, message: 0, max_len: max_len(capacity) })
+    }
+
+    /// The segment of such a channel, for a writer that is to come ([`ByteWriter::adopt`]). Memory is taken as it is written.
+    pub fn prepare(name: &str, capacity: u32) -> Result<Arc<Segment>, ChannelError> {
+        channel::prepare::<Chunk>(Segment::create(name, channel::channel_len::<Chunk>(capacity))?, capacity)
+    }
+
+    /// Takes over the writing end from nobody, or from a writer that is gone: numbers go on, its unfinished message is lost.
+    pub fn adopt(fd: OwnedFd) -> Result<Self, ChannelError> {
+        let last = Reader::<Chunk>::open(duplicate(fd.as_fd())?)?.latest();
+        let chunks = Writer::<Chunk>::adopt(fd)?;
+        let max_len = max_len(chunks.capacity());
+        Ok(Self { chunks, message: last.map_or(0, |chunk| chunk.message), max_len })
+    }
+
+    /// Counts a message that the caller gives up on.
+    pub fn count_dropped(&mut self) {
+        self.chunks.count_dropped();
     }
 
     /// Sends all of `bytes` or nothing that a reader would accept.
@@ -59,9 +78,10 @@ impl ByteWriter {
         if bytes.len() > self.max_len {
             return Err(SendError::TooLong { len: bytes.len(), max: self.max_len });
         }
-        self.message += 1;
+        // Wrapping: the number may be one that a predecessor left behind, and nobody knows what had become of that.
+        self.message = self.message.wrapping_add(1);
         // An empty message is one chunk too.
-        let parts = bytes.len().div_ceil(PART).max(1);
+        let parts = chunks_of(bytes.len());
         for part in 0..parts {
             let from = bytes.get(part * PART..).unwrap_or_default();
             let mut chunk = Chunk { message: self.message, len: bytes.len() as u32, part: part as u32, bytes: [0; PART] };
@@ -70,6 +90,17 @@ impl ByteWriter {
         }
         Ok(())
     }
+}
+
+const fn max_len(capacity: u32) -> usize {
+    let half = capacity as usize / 2 * PART;
+    if half < MAX_LEN { half } else { MAX_LEN }
+}
+
+/// Chunks that a message of `len` bytes takes.
+pub const fn chunks_of(len: usize) -> usize {
+    let parts = len.div_ceil(PART);
+    if parts == 0 { 1 } else { parts }
 }
 
 impl AsFd for ByteWriter {
@@ -125,6 +156,11 @@ impl ByteReader {
     /// Messages that were sent and could not be put together.
     pub const fn lost(&self) -> u64 {
         self.lost
+    }
+
+    /// Messages that the writers gave up on so far, as they say.
+    pub fn dropped(&mut self) -> u64 {
+        self.chunks.stats().dropped
     }
 
     /// Chunks that no honest writer sends.

@@ -214,6 +214,11 @@ impl<T: Pod> Writer<T> {
         self.publisher.position()
     }
 
+    /// Slots.
+    pub const fn capacity(&self) -> u32 {
+        self.publisher.capacity()
+    }
+
     /// All of the channel's memory.
     pub const fn segment(&self) -> &Arc<Segment> {
         &self.segment
@@ -316,11 +321,11 @@ pub const fn channel_len<T: Pod>(capacity: u32) -> usize {
     HEADER_SIZE + broadcast::bytes::<T>(capacity)
 }
 
-/// Makes a channel at the start of a new segment, for a writer that is to come ([`Writer::adopt`]).
+/// Makes a channel at the start of a new segment (zero as the kernel made it), for a writer that is to come ([`Writer::adopt`]).
 pub fn prepare<T: Pod>(segment: Segment, capacity: u32) -> Result<Arc<Segment>, ChannelError> {
     let segment = Arc::new(segment);
     Header::create(segment.clone(), layout_hash::<T>())?;
-    broadcast::init::<T>(segment.clone(), HEADER_SIZE, capacity)?;
+    broadcast::init_zeroed::<T>(segment.clone(), HEADER_SIZE, capacity)?;
     Ok(segment)
 }
 

@@ -23,6 +23,9 @@ use std::time::Duration;
 /// How long either side waits for the other.
 const TIMEOUT: Duration = Duration::from_millis(500);
 
+/// Descriptors that may come with one message (the kernel's own limit is 253).
+pub const MAX_DESCRIPTORS: usize = 128;
+
 fn system(call: &'static str) -> impl FnOnce(io::Error) -> ChannelError {
     move |error| match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => ChannelError::Timeout,
@@ -113,6 +116,42 @@ pub fn fetch(path: &Path, as_child: bool) -> Result<OwnedFd, ChannelError> {
 fn own(fd: i32) -> OwnedFd {
     // SAFETY: the kernel has just installed it for us by SCM_RIGHTS, and nobody else knows the number.
     unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// Reads a stream and keeps the descriptors that come along with the bytes.
+#[derive(Debug)]
+pub struct Receiving<'a> {
+    stream: &'a UnixStream,
+    /// What came.
+    pub descriptors: Vec<OwnedFd>,
+}
+
+impl<'a> Receiving<'a> {
+    /// Nothing has come yet.
+    pub const fn from(stream: &'a UnixStream) -> Self {
+        Self { stream, descriptors: Vec::new() }
+    }
+}
+
+impl Read for Receiving<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut space = nix::cmsg_space!([i32; MAX_DESCRIPTORS]);
+        let mut parts = [IoSliceMut::new(buffer)];
+        let message = recvmsg::<()>(self.stream.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+        for part in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(fds) = part {
+                self.descriptors.extend(fds.into_iter().map(own));
+            }
+        }
+        Ok(message.bytes)
+    }
+}
+
+/// Sends the first of `bytes` with the descriptors, without waiting; says how many bytes went. At most [`MAX_DESCRIPTORS`].
+pub fn send_with(stream: &UnixStream, bytes: &[u8], descriptors: &[OwnedFd]) -> nix::Result<usize> {
+    let fds: Vec<i32> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&fds)];
+    sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(bytes)], &rights, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT, None)
 }
 
 fn denied() -> ChannelError {

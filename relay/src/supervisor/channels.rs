@@ -189,7 +189,7 @@ impl Slot {
         self.meters.iter_mut().for_each(Meter::look);
     }
 
-    fn segments(&self) -> [SegmentInfo; 4] {
+    fn segments(&self) -> [SegmentInfo; 5] {
         let segment = |name: &str, memory_bytes: u64| SegmentInfo { name: name.into(), worker: Some(self.id), memory_bytes };
         let umem = u64::from(self.frames) * u64::from(crate::frame::FRAME_SIZE);
         [
@@ -197,6 +197,7 @@ impl Slot {
             segment("relay-status", self.report_stats.memory_bytes),
             segment("relay-work", self.work_view.len() as u64),
             segment("relay-umem", umem),
+            segment("relay-tap", self.tap.len() as u64),
         ]
     }
 }

@@ -5,6 +5,7 @@
 
 use super::book::Book;
 use super::capabilities::{self, Set};
+use super::capture::{Captures, Wish};
 use super::error::RunError;
 use super::features::Features;
 use super::fleet::Fleet;
@@ -92,6 +93,7 @@ pub struct Supervisor {
     pub(super) gone: BTreeSet<u32>,
     /// SIGHUP came.
     reload_due: bool,
+    pub(super) captures: Captures,
     pub(super) loops: Loops,
     loops_at: Instant,
     stopping: bool,
@@ -200,6 +202,7 @@ impl Supervisor {
             replan_at: None,
             gone: BTreeSet::new(),
             reload_due: false,
+            captures: Captures::default(),
             loops: Loops::default(),
             loops_at: Instant::now(),
             stopping: false,
@@ -226,6 +229,7 @@ impl Supervisor {
             self.run_deferred(Instant::now());
             self.replan();
             self.carry_on();
+            self.want_taps(Instant::now());
             if now >= self.loops_at {
                 self.loops_at = now + LOOPS_PERIOD;
                 self.look_for_loops(now);
@@ -319,6 +323,18 @@ impl Supervisor {
             Request::Stats => Ok(Some(Response::Stats(Box::new(self.stats())))),
             Request::Channels => Ok(Some(Response::Channels(Box::new(self.channels())))),
             Request::RuleList => Ok(Some(Response::Rules(self.rule_list()))),
+            Request::Capture { lease: None, rule, points, snaplen, .. } => {
+                let (answer, rings) = self.open_capture(Wish { rule, points, snaplen })?;
+                self.server.reply_with(client, &Response::Capture(Box::new(answer)), rings);
+                Ok(None)
+            }
+            Request::Capture { lease: Some(lease), epoch, .. } => {
+                self.renew_capture(lease, epoch).map(|answer| Some(Response::Capture(Box::new(answer))))
+            }
+            Request::CaptureEnd { lease } => {
+                self.end_capture(lease);
+                Ok(Some(Response::Done("ended".into())))
+            }
             Request::Shutdown => {
                 self.stopping = true;
                 Ok(Some(Response::Done("stopping".into())))

@@ -67,6 +67,7 @@ pub struct Slot {
     pub id: u32,
     work: OwnedFd,
     umem: OwnedFd,
+    pub(super) tap: Arc<Segment>,
     status_segment: Arc<Segment>,
     /// What it reports.
     pub status: StatusPage,
@@ -179,11 +180,13 @@ impl Fleet {
         let (work, _) = create("relay-work", layout.len)?;
         let (work, work_view) = Segment::join(work, Access::ReadOnly).map_err(RunError::failure)?.into_parts();
         let (status_segment, status, reports) = StatusPage::create().map_err(RunError::failure)?;
+        let tap = crate::plan::tap::create().map_err(RunError::failure)?;
         let mapping = Arc::into_inner(umem_mapping).ok_or_else(|| RunError::failure("UMEM mapped twice"))?;
         let slot = Slot {
             id,
             work,
             umem,
+            tap,
             status_segment,
             status,
             reports,
@@ -267,6 +270,7 @@ impl Fleet {
             umem_fd: slot.umem.as_raw_fd(),
             work_fd: slot.work.as_raw_fd(),
             rules_fd: self.rules.as_raw_fd(),
+            tap_fd: slot.tap.as_fd().as_raw_fd(),
             life_fd: theirs.as_raw_fd(),
             split: self.split,
             io_uring: self.io_uring,
@@ -278,10 +282,10 @@ impl Fleet {
             orphans: ports.orphans(index, self.frames),
         };
         let control = Control::create(&manifest).map_err(RunError::failure)?;
-        let fixed =
-            [control.as_fd(), slot.status_segment.as_fd(), slot.umem.as_fd(), slot.work.as_fd(), self.rules.as_fd(), theirs.as_fd()];
+        let segments = [control.as_fd(), slot.status_segment.as_fd(), slot.umem.as_fd(), slot.work.as_fd(), slot.tap.as_fd()];
+        let fixed = segments.into_iter().chain([self.rules.as_fd(), theirs.as_fd()]);
         let locks = locks.iter().map(|(_, lock)| lock.fd.as_raw_fd());
-        let inherit: Vec<i32> = fixed.iter().map(AsRawFd::as_raw_fd).chain(ports.descriptors(index)).chain(locks).collect();
+        let inherit: Vec<i32> = fixed.map(|fd| fd.as_raw_fd()).chain(ports.descriptors(index)).chain(locks).collect();
         slot.prepare().map_err(RunError::failure)?;
         slot.watch_rings(manifest.ports.len()).map_err(RunError::failure)?;
         let environment =

@@ -5,6 +5,7 @@
 pub mod backoff;
 pub mod book;
 pub mod capabilities;
+mod capture;
 pub mod channels;
 pub mod engine;
 pub mod error;

@@ -37,6 +37,16 @@ pub fn changes(old: &RuleSet, change: &SetDiff) -> Changes {
     Changes { added, removed, unchanged }
 }
 
+/// Destination of an output as rewritten, or `keep`.
+pub fn destination(output: &Output) -> String {
+    match (output.to, output.port) {
+        (None, None) => "keep".into(),
+        (None, Some(port)) => format!(":{port}"),
+        (Some(to), None) => to.to_string(),
+        (Some(to), Some(port)) => std::net::SocketAddr::new(to, port).to_string(),
+    }
+}
+
 fn sum<'a>(counters: impl Iterator<Item = Counter> + 'a) -> Counter {
     counters.fold(Counter::default(), Counter::plus)
 }
@@ -368,13 +378,7 @@ impl Supervisor {
         if let Some(tables) = self.kernel_tables().filter(|_| self.kernel_path.counts_output(slot, slots.slot, slots.serial)) {
             tx = tx.plus(of_kernel(tables.output_tx(slot)));
         }
-        let to = match (output.to, output.port) {
-            (None, None) => "keep".into(),
-            (None, Some(port)) => format!(":{port}"),
-            (Some(to), None) => to.to_string(),
-            (Some(to), Some(port)) => std::net::SocketAddr::new(to, port).to_string(),
-        };
-        OutputStats { index: index as u32, egress: output.egress.clone(), to, tx_packets: tx.packets, tx_bytes: tx.bytes, drops }
+        OutputStats { index: index as u32, egress: output.egress.clone(), to: destination(output), tx_packets: tx.packets, tx_bytes: tx.bytes, drops }
     }
 
     fn frames(&self) -> FrameStats {

@@ -9,12 +9,14 @@ use super::port::{AnyReceive, AnyTransmit, NoReceive};
 use crate::datapath::egress::{Egress, EgressBooks, EgressPort, Lane, PortState};
 use crate::datapath::ingress::{Ingress, IngressParts, IngressPort};
 use crate::datapath::journal::Journal;
+use crate::datapath::tap::Tap;
 use crate::frame::HeldMap;
 use crate::frame::{FRAME_SIZE, Pool, RawDesc, Umem};
 use crate::nic::afpacket::{DEFAULT_DEPTH, Engines, PacketReceive, PacketTransmit, Reason};
 use crate::nic::afxdp::{self, port::AdoptError};
 use crate::plan::manifest::{Command, Manifest, ManifestError, Orders, PortKind, PortManifest};
 use crate::plan::records::{RULES_LEN, RecordsError, RulesSegment};
+use crate::plan::tap::TapWriter;
 use crate::plan::status::{FrameStats, RUNG_PLAIN, RungReport, StatusError, StatusPage};
 use crate::plan::work::WorkLayout;
 use crate::ring::{self, Consumer, Memory, Producer, RingError};
@@ -169,11 +171,18 @@ fn adopt(manifest: Manifest, orders: Orders, reports: Writer<FrameStats>) -> Res
         counters: status.ingress.clone(),
         held: HeldMap::new(held),
         held_by_senders: HeldMap::new(held_by_senders),
+        tap: tap(manifest.tap_fd)?,
     });
     let books = EgressBooks { counters: status.egress.clone(), ports: status.sends.clone() };
     let returns = Producer::attach(memory, layout.return_ring)?;
     let egress = Egress::new(Journal::attach(&work, layout.egress_journal)?, parts.transmit, returns, books);
     Ok(Adopted { manifest, orders, status, reports, rules, ingress, egress, ledger, life, orphans })
+}
+
+/// A ring that a predecessor has spoiled costs its captures, never the forwarding.
+fn tap(fd: i32) -> Result<Tap, BootError> {
+    let ring = TapWriter::adopt(inherited("tap ring", fd)?);
+    Ok(ring.inspect_err(|error| eprintln!("worker: nothing can be captured: {error}")).map(Tap::new).unwrap_or_default())
 }
 
 /// Fills a fresh work segment; leaves one that a predecessor has used as it is, but for rings of ports it did not have.

@@ -251,6 +251,7 @@ impl Worker {
         if epoch != self.table.epoch() {
             self.reload(epoch)?;
         }
+        self.ingress.want(self.rules.wanted());
         let taken = self.ingress.turn(&self.table, receiving);
         if taken > 0 {
             self.turns += 1;
