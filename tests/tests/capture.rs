@@ -47,7 +47,11 @@ impl Seen {
     }
 
     fn dst(&self) -> String {
-        format!("{:?}:{}", std::net::Ipv4Addr::from(<[u8; 4]>::try_from(&self.bytes[30..34]).unwrap()), u16::from_be_bytes([self.bytes[36], self.bytes[37]]))
+        format!(
+            "{:?}:{}",
+            std::net::Ipv4Addr::from(<[u8; 4]>::try_from(&self.bytes[30..34]).unwrap()),
+            u16::from_be_bytes([self.bytes[36], self.bytes[37]])
+        )
     }
 
     /// Sequence and pattern, without the time stamp.

@@ -4,9 +4,9 @@
 //! being slow: what it does not take in time is overwritten, counted and said. Must never believe a record before it is checked,
 //! and always leaves a valid file.
 
-use super::pcapng::{File, comment};
 use super::failure::Failure;
 use super::output::count;
+use super::pcapng::{File, comment};
 use super::{Context, OK, Outcome, unexpected};
 use crate::control::client::Client;
 use crate::control::message::{CAPTURE_LEASE, Capture, CapturePort, CaptureRule, Point, Request, Response};
@@ -340,7 +340,8 @@ impl<'a> Session<'a> {
 
     /// The last word.
     fn summary(&mut self, packets: u64) -> Summary {
-        let mut summary = Summary { file: self.args.file.display().to_string(), packets, unseen: self.link.unseen_count, ..Summary::default() };
+        let mut summary =
+            Summary { file: self.args.file.display().to_string(), packets, unseen: self.link.unseen_count, ..Summary::default() };
         for Ring { reader, .. } in &mut self.rings {
             summary.left_out = summary.left_out.saturating_add(reader.left_out());
             summary.overrun = summary.overrun.saturating_add(reader.overrun());

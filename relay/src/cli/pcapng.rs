@@ -162,16 +162,25 @@ mod tests {
         assert_eq!((packets[0].data.as_ref(), packets[0].original_len), (&packet[..10], 60));
         assert_eq!(packets[0].timestamp.as_nanos(), 1_700_000_000_123_456_789);
         let options = &packets[1].options;
-        assert!(options.contains(&EnhancedPacketOption::Comment("rule=a output=1 fate=forwarded to=eth1 keep worker=3 packet=7".into())), "{options:?}");
+        assert!(
+            options.contains(&EnhancedPacketOption::Comment("rule=a output=1 fate=forwarded to=eth1 keep worker=3 packet=7".into())),
+            "{options:?}"
+        );
         assert!(options.contains(&EnhancedPacketOption::DropCount(1)) && options.contains(&EnhancedPacketOption::Flags(2)));
     }
 
     #[test]
     fn comments_name_the_fate() {
         let of = |point, fate, rule| comment(&Record { sight: sight(point, fate), bytes: &[] }, 0, rule, |_| "eth1 keep".into());
-        assert_eq!(of(Point::Ingress, Fate::Forwarded { sent: 1, of: 2 }, Some("a")), "rule=a fate=forwarded outputs=1/2 worker=0 packet=7");
+        assert_eq!(
+            of(Point::Ingress, Fate::Forwarded { sent: 1, of: 2 }, Some("a")),
+            "rule=a fate=forwarded outputs=1/2 worker=0 packet=7"
+        );
         assert_eq!(of(Point::Ingress, Fate::Forwarded { sent: 0, of: 1 }, Some("a")), "rule=a fate=dropped outputs=0/1 worker=0 packet=7");
-        assert_eq!(of(Point::Drop, Fate::Dropped(DropReason::Malformed), None), "rule=? slot=1 serial=2 fate=dropped reason=malformed worker=0 packet=7");
+        assert_eq!(
+            of(Point::Drop, Fate::Dropped(DropReason::Malformed), None),
+            "rule=? slot=1 serial=2 fate=dropped reason=malformed worker=0 packet=7"
+        );
         let dropped = Fate::OutputDropped { output: 1, reason: OutputDropReason::TtlExpired };
         assert_eq!(of(Point::Drop, dropped, Some("a")), "rule=a output=1 fate=dropped reason=ttl_expired to=eth1 keep worker=0 packet=7");
     }

@@ -86,9 +86,10 @@ impl Supervisor {
     pub(super) fn open_capture(&mut self, wish: Wish) -> Result<(Capture, Vec<OwnedFd>), RunError> {
         self.check_capture(&wish)?;
         let rings = self.fleet.slots.iter().map(|slot| read_only(&*slot.tap)).collect::<Result<Vec<_>, _>>()?;
-        let lease = self.captures.open(wish.clone(), Instant::now()).ok_or_else(|| {
-            RunError::bad("capture", format!("{MAX_CAPTURES} captures are running already"), "end one of them")
-        })?;
+        let lease = self
+            .captures
+            .open(wish.clone(), Instant::now())
+            .ok_or_else(|| RunError::bad("capture", format!("{MAX_CAPTURES} captures are running already"), "end one of them"))?;
         Ok((self.capture(lease, &wish, None), rings))
     }
 

@@ -378,7 +378,14 @@ impl Supervisor {
         if let Some(tables) = self.kernel_tables().filter(|_| self.kernel_path.counts_output(slot, slots.slot, slots.serial)) {
             tx = tx.plus(of_kernel(tables.output_tx(slot)));
         }
-        OutputStats { index: index as u32, egress: output.egress.clone(), to: destination(output), tx_packets: tx.packets, tx_bytes: tx.bytes, drops }
+        OutputStats {
+            index: index as u32,
+            egress: output.egress.clone(),
+            to: destination(output),
+            tx_packets: tx.packets,
+            tx_bytes: tx.bytes,
+            drops,
+        }
     }
 
     fn frames(&self) -> FrameStats {

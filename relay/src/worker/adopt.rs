@@ -16,8 +16,8 @@ use crate::nic::afpacket::{DEFAULT_DEPTH, Engines, PacketReceive, PacketTransmit
 use crate::nic::afxdp::{self, port::AdoptError};
 use crate::plan::manifest::{Command, Manifest, ManifestError, Orders, PortKind, PortManifest};
 use crate::plan::records::{RULES_LEN, RecordsError, RulesSegment};
-use crate::plan::tap::TapWriter;
 use crate::plan::status::{FrameStats, RUNG_PLAIN, RungReport, StatusError, StatusPage};
+use crate::plan::tap::TapWriter;
 use crate::plan::work::WorkLayout;
 use crate::ring::{self, Consumer, Memory, Producer, RingError};
 use crate::shm::discovery::{Environment, take_fd};
