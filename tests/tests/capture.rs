@@ -62,7 +62,7 @@ impl Seen {
 
 fn parse(bytes: &[u8]) -> Vec<Seen> {
     let mut reader = PcapNgReader::new(bytes).unwrap();
-    let (mut interfaces, mut packets) = (Vec::new(), Vec::new());
+    let (mut interfaces, mut packets, mut unexpected) = (Vec::new(), Vec::new(), Vec::new());
     while let Some(block) = reader.next_block() {
         match block.unwrap() {
             Block::InterfaceDescription(block) => {
@@ -87,9 +87,10 @@ fn parse(bytes: &[u8]) -> Vec<Seen> {
                 let (comment, bytes) = (comment.unwrap(), block.data.to_vec());
                 packets.push(Seen { interface, point, comment, bytes, len: block.original_len });
             }
-            other => panic!("{other:?}"),
+            other => unexpected.push(other.into_owned()),
         }
     }
+    assert!(unexpected.is_empty(), "{unexpected:?}");
     packets
 }
 

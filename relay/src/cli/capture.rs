@@ -324,7 +324,7 @@ impl<'a> Session<'a> {
                 if self.args.count.is_some_and(|count| file.packets >= count) {
                     break;
                 }
-                let Some(record) = reader.next() else { break };
+                let Some(record) = reader.receive() else { break };
                 taken += 1;
                 let asked_for = self.points.contains(&record.sight.point);
                 if asked_for && write(file, &mut self.link, *worker, &record, self.args.rule.as_deref(), *untold)? {

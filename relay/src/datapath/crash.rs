@@ -472,7 +472,7 @@ fn a_blocked_output_is_counted_once() {
 /// Packets seen by a capture: number in the packet, where, by which output.
 fn seen(reader: &mut TapReader) -> Vec<(u8, Point, Option<u16>)> {
     let mut seen = Vec::new();
-    while let Some(record) = reader.next() {
+    while let Some(record) = reader.receive() {
         let output = match record.sight.fate {
             Fate::Sent { output } | Fate::OutputDropped { output, .. } => Some(output),
             Fate::Forwarded { .. } | Fate::Dropped(_) => None,

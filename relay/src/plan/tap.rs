@@ -201,10 +201,10 @@ impl Sight {
         };
         let rule = (head.rule != NONE).then_some((head.rule, head.serial));
         let point = Point::from_number(head.point)?;
-        let fits = match (point, fate) {
-            (Point::Ingress, Fate::Forwarded { .. } | Fate::Dropped(_)) | (Point::Egress, Fate::Sent { .. }) => true,
-            (Point::Drop, Fate::Dropped(_) | Fate::OutputDropped { .. }) => true,
-            _ => false,
+        let fits = match point {
+            Point::Ingress => matches!(fate, Fate::Forwarded { .. } | Fate::Dropped(_)),
+            Point::Egress => matches!(fate, Fate::Sent { .. }),
+            Point::Drop => matches!(fate, Fate::Dropped(_) | Fate::OutputDropped { .. }),
         };
         let Head { at_ns, packet, len, port, .. } = *head;
         fits.then_some(Self { at_ns, packet, rule, len, port, point, fate })
@@ -288,7 +288,7 @@ impl TapReader {
     }
 
     /// The next record, if there is one. Bounded: what is malformed is counted and passed over.
-    pub fn next(&mut self) -> Option<Record<'_>> {
+    pub fn receive(&mut self) -> Option<Record<'_>> {
         loop {
             if self.ring.receive(&mut self.buffer) == ReceivedBytes::Empty {
                 return None;
@@ -354,10 +354,10 @@ mod tests {
         TapWriter::adopt(duplicate(ring.as_fd()).unwrap()).unwrap().send(&message(&sights[0], &bytes[..7]));
         for reader in &mut readers {
             for sight in &sights {
-                assert_eq!(reader.next(), Some(Record { sight: *sight, bytes: &bytes }));
+                assert_eq!(reader.receive(), Some(Record { sight: *sight, bytes: &bytes }));
             }
-            assert_eq!(reader.next().map(|record| record.bytes.len()), Some(7));
-            assert_eq!(reader.next(), None);
+            assert_eq!(reader.receive().map(|record| record.bytes.len()), Some(7));
+            assert_eq!(reader.receive(), None);
             assert_eq!((reader.overrun(), reader.left_out(), reader.malformed(), reader.lost()), (0, 1, 0, 1));
         }
     }
@@ -370,7 +370,7 @@ mod tests {
         let record = message(&sight(Point::Egress, Fate::Sent { output: 0 }), &[7; 100]);
         let sent = u64::from(CHUNKS);
         (0..sent).for_each(|_| writer.send(&record));
-        let read = std::iter::from_fn(|| reader.next().map(|_| ())).count() as u64;
+        let read = std::iter::from_fn(|| reader.receive().map(|_| ())).count() as u64;
         assert!(read > 0 && reader.overrun() > 0);
         assert_eq!(read + reader.overrun(), sent);
     }
