@@ -65,6 +65,7 @@ fn answer(request: Request) -> Response {
         Request::Apply { rules, .. } => Response::Changes(Changes { added: rules, removed: vec!["old".into()], unchanged: 0 }),
         Request::RuleSave { file: Some(file) } => Response::Done(file),
         Request::RuleSave { file: None } => refusal(2, "the daemon has no --config", "file"),
+        Request::Capture { .. } | Request::CaptureEnd { .. } => refusal(2, "no rule a", "--rule"),
         Request::Shutdown => refusal(4, "degraded", ""),
     }
 }
