@@ -6,7 +6,7 @@
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 use relay::lab::recv::{Report, Verdict, describe};
-use relay_tests::paths::{self, Moved, Path, Waits, await_moved};
+use relay_tests::paths::{self, Moved, Outside, Path, Waits, await_moved};
 use relay_tests::{
     Lab, LabSpec, Listener, RelayProcess, assert_frames_conserved, assert_rules_conserved, needs_root, on_every_path, recv_args, send_args,
     send_in_background,
@@ -23,6 +23,7 @@ const FLOWS: usize = 8;
 const DESTINATIONS: usize = 4;
 const STAYS: &str = "r0 239.1.1.1:5000 -> r1 239.9.9.9:6000 ttl=keep; id=stays";
 const ATTEMPTS: u32 = 5;
+const MISSING: &str = "probes came for";
 
 /// Where each flow goes, if anywhere.
 type Set = [Option<usize>; FLOWS];
@@ -85,7 +86,7 @@ impl Probe {
         let wanted = set.iter().flatten().count();
         let (begin, mut got) = (Instant::now(), 0);
         while got < wanted {
-            ensure!(begin.elapsed() < Duration::from_secs(2), "edit {edit}: {got} of {wanted} probes came for {set:?}");
+            ensure!(begin.elapsed() < Duration::from_secs(2), "edit {edit}: {got} of {wanted} {MISSING} {set:?}");
             got += self.take(edit, set)?;
         }
         ensure!(got == wanted, "edit {edit}: {got} probes instead of {wanted} for {set:?}");
@@ -121,14 +122,20 @@ fn random_edits_by_apply(path: &Path) {
         let rate = (if paths::long() { 200_000 } else { 100_000 }) >> attempt;
         let lab = Lab::new(LabSpec::default()).unwrap();
         let relay = path.start(&lab, &[STAYS]).unwrap();
-        let waits = Waits::of(&relay).unwrap();
+        let (waits, outside) = (Waits::of(&relay).unwrap(), Outside::of(&lab, &relay, "stays").unwrap());
         let outcome = edit_under_load(&lab, &relay, rate);
-        let starved = waits.starved(&relay).unwrap();
+        let (starved, outside) = (waits.starved(&relay).unwrap(), outside.lost(&relay).unwrap());
         match outcome {
             Ok(report) if report.verdict == Verdict::Pass => return,
             Ok(report) if report.verdict == Verdict::Void => eprintln!("void, once more: {}", describe(&report)),
+            Ok(report) if paths::only_lost(&report, outside) => {
+                eprintln!("void, once more: others lost {outside}: {}", describe(&report));
+            }
             Ok(report) if starved.is_none() => panic!("{}: {}; {}", path.name, describe(&report), relay.stats().unwrap()),
             Ok(report) => eprintln!("void, once more: denied a CPU for a share {starved:?}: {}", describe(&report)),
+            Err(error) if outside > 0 && error.to_string().contains(MISSING) => {
+                eprintln!("void, once more: others lost {outside}: {error:#}")
+            }
             Err(error) => panic!("{}: {error:#}; {}", path.name, relay.log()),
         }
     }

@@ -5,7 +5,7 @@
 
 use anyhow::{Result, ensure};
 use relay::lab::recv::{Report, Verdict, describe};
-use relay_tests::paths::{self, Moved, Path, Waits, await_moved, moved};
+use relay_tests::paths::{self, Moved, Outside, Path, Waits, await_moved, moved};
 use relay_tests::{
     Lab, LabSpec, Listener, RelayProcess, assert_frames_conserved, assert_rules_conserved, on_every_path, recv_args, send, send_args,
     send_in_background,
@@ -38,13 +38,16 @@ fn under_load(path: &Path, work: impl Fn(&Lab, &RelayProcess) -> Result<()>) -> 
         let rate = rate() >> attempt;
         let lab = two_sinks();
         let relay = path.start(&lab, &[STAYS]).unwrap();
-        let waits = Waits::of(&relay).unwrap();
+        let (waits, outside) = (Waits::of(&relay).unwrap(), Outside::of(&lab, &relay, "stays").unwrap());
         let outcome = stream(&lab, &relay, rate, &work);
-        let starved = waits.starved(&relay).unwrap();
+        let (starved, outside) = (waits.starved(&relay).unwrap(), outside.lost(&relay).unwrap());
         path.check(&relay).unwrap();
         match outcome {
             Ok(report) if report.verdict == Verdict::Pass => return report,
             Ok(report) if report.verdict == Verdict::Void => eprintln!("void, once more: {}", describe(&report)),
+            Ok(report) if paths::only_lost(&report, outside) => {
+                eprintln!("void, once more: others lost {outside}: {}", describe(&report));
+            }
             Ok(report) if starved.is_none() => panic!("{}: {}; {}", path.name, describe(&report), relay.stats().unwrap()),
             Err(error) if starved.is_none() => panic!("{}: {error:#}; {}", path.name, relay.log()),
             lost => eprintln!(
