@@ -15,9 +15,12 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 pub mod golden;
+pub mod mutate;
 pub mod paths;
 pub mod process;
 pub mod raw;
+pub mod rewrites;
+pub mod xdp;
 
 pub use relay::lab::{Lab, LabSpec, RelayProcess};
 

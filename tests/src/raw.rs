@@ -4,9 +4,10 @@
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnknownCmsg, recv, recvmsg, send};
 use relay::lab::Namespace;
 use relay::nic::afpacket::socket;
+use std::io::IoSliceMut;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -27,6 +28,10 @@ pub enum Checksum {
 /// A UDP datagram in an Ethernet frame.
 #[derive(Clone, Debug)]
 pub struct Datagram {
+    /// Source MAC.
+    pub src_mac: [u8; 6],
+    /// Destination MAC; else the group's, or everybody for unicast.
+    pub dst_mac: Option<[u8; 6]>,
     /// Tags as (TPID, TCI), outermost first.
     pub tags: Vec<(u16, u16)>,
     /// Source.
@@ -43,12 +48,18 @@ pub struct Datagram {
     pub tos: u8,
     /// IPv4 options, a multiple of 4 bytes.
     pub options: Vec<u8>,
+    /// IPv4 identification.
+    pub id: u16,
+    /// IPv6 flow label.
+    pub flow: u32,
     /// IPv4 flags and fragment offset.
     pub fragment: u16,
     /// UDP checksum.
     pub checksum: Checksum,
     /// Payload.
     pub payload: Vec<u8>,
+    /// Bytes of Ethernet padding behind the IP packet.
+    pub padding: usize,
 }
 
 impl Datagram {
@@ -57,6 +68,8 @@ impl Datagram {
         let dst: IpAddr = dst.parse().context("destination")?;
         let src = if dst.is_ipv4() { "10.0.0.1" } else { "fd00::1" };
         Ok(Self {
+            src_mac: [2, 0, 0, 0, 0, 1],
+            dst_mac: None,
             tags: Vec::new(),
             src: src.parse().context("source")?,
             dst,
@@ -65,9 +78,12 @@ impl Datagram {
             ttl: 16,
             tos: 0,
             options: Vec::new(),
+            id: 0x1234,
+            flow: 0,
             fragment: 0x4000,
             checksum: Checksum::Right,
             payload: payload.to_vec(),
+            padding: 0,
         })
     }
 
@@ -75,13 +91,13 @@ impl Datagram {
     pub fn bytes(&self) -> Vec<u8> {
         let udp = self.udp();
         let (ethertype, ip) = if self.dst.is_ipv4() { (0x0800_u16, self.ipv4(&udp)) } else { (0x86dd, self.ipv6(&udp)) };
-        let mut frame = self.mac().to_vec();
-        frame.extend([2, 0, 0, 0, 0, 1]);
+        let mut frame = [self.dst_mac.unwrap_or_else(|| self.mac()), self.src_mac].concat();
         for (tpid, tci) in &self.tags {
             frame.extend([tpid.to_be_bytes(), tci.to_be_bytes()].concat());
         }
         frame.extend(ethertype.to_be_bytes());
         frame.extend(ip);
+        frame.resize(frame.len() + self.padding, 0xee);
         frame
     }
 
@@ -116,9 +132,8 @@ impl Datagram {
     fn ipv4(&self, udp: &[u8]) -> Vec<u8> {
         let header_len = 20 + self.options.len();
         let total = ((header_len + udp.len()) as u16).to_be_bytes();
-        let fragment = self.fragment.to_be_bytes();
-        let mut ip =
-            vec![0x40 + (header_len / 4) as u8, self.tos, total[0], total[1], 0x12, 0x34, fragment[0], fragment[1], self.ttl, 17, 0, 0];
+        let ([a, b], [c, d]) = (self.id.to_be_bytes(), self.fragment.to_be_bytes());
+        let mut ip = vec![0x40 + (header_len / 4) as u8, self.tos, total[0], total[1], a, b, c, d, self.ttl, 17, 0, 0];
         ip.extend([octets(self.src), octets(self.dst), self.options.clone()].concat());
         let right = (!sum(&ip, 0)).to_be_bytes();
         ip[10..12].copy_from_slice(&right);
@@ -128,7 +143,8 @@ impl Datagram {
 
     fn ipv6(&self, udp: &[u8]) -> Vec<u8> {
         let len = (udp.len() as u16).to_be_bytes();
-        let mut ip = vec![0x60 | self.tos >> 4, self.tos << 4, 0, 0, len[0], len[1], 17, self.ttl];
+        let [_, a, b, c] = self.flow.to_be_bytes();
+        let mut ip = vec![0x60 | self.tos >> 4, self.tos << 4 | a & 0x0f, b, c, len[0], len[1], 17, self.ttl];
         ip.extend([octets(self.src), octets(self.dst), udp.to_vec()].concat());
         ip
     }
@@ -198,4 +214,31 @@ impl Capture {
         };
         std::iter::from_fn(next).collect()
     }
+
+    /// The same with the outermost tag put back where it was on the wire.
+    pub fn whole_frames(&self) -> Vec<Vec<u8>> {
+        std::iter::from_fn(|| self.whole_frame()).collect()
+    }
+
+    fn whole_frame(&self) -> Option<Vec<u8>> {
+        let (mut buffer, mut control) = (vec![0; 65_536], nix::cmsg_space!([u8; 64]));
+        let mut pieces = [IoSliceMut::new(&mut buffer)];
+        let message = recvmsg::<()>(self.0.as_raw_fd(), &mut pieces, Some(&mut control), MsgFlags::MSG_DONTWAIT).ok()?;
+        let tag = message.cmsgs().ok()?.find_map(|one| if let ControlMessageOwned::Unknown(one) = one { tag(&one) } else { None });
+        let len = message.bytes;
+        let mut frame = buffer.get(VNET_HEADER_LEN..len)?.to_vec();
+        frame.splice(12..12, tag.into_iter().flatten());
+        Some(frame)
+    }
+}
+
+/// The tag in a `struct tpacket_auxdata` (linux/if_packet.h): status, at 16 TCI and TPID, if the status calls them valid.
+fn tag(message: &UnknownCmsg) -> Option<[u8; 4]> {
+    let header = &message.cmsg_header;
+    let valid = libc::TP_STATUS_VLAN_VALID | libc::TP_STATUS_VLAN_TPID_VALID;
+    let half = |at: usize| Some(u16::from_ne_bytes(*message.data_bytes.get(at..at + 2)?.first_chunk()?).to_be_bytes());
+    let status = u32::from_ne_bytes(*message.data_bytes.first_chunk()?);
+    let ours = header.cmsg_level == libc::SOL_PACKET && header.cmsg_type == libc::PACKET_AUXDATA;
+    let ([a, b], [c, d]) = (half(18)?, half(16)?);
+    (ours && status & valid == valid).then_some([a, b, c, d])
 }

@@ -16,6 +16,8 @@ enum Probe {
     Header(&'static str),
     /// libclang, wherever the distribution put it.
     LibClang,
+    /// scapy, for the distribution's Python.
+    Scapy,
 }
 
 /// Something needed, and its package in Debian, Fedora and Arch.
@@ -44,6 +46,9 @@ const NEEDS: [Need; 10] = [
 const ETHTOOL: Need =
     Need { probe: Probe::Program("ethtool"), why: "switches offloads in tests", packages: ["ethtool", "ethtool", "ethtool"] };
 
+/// Optional likewise: scapy builds the rewrite corpus a second time.
+const SCAPY: Need = Need { probe: Probe::Scapy, why: "checks the golden packets", packages: ["python3-scapy", "python3-scapy", "scapy"] };
+
 /// A package manager: its command, the words that install, and its column in [`Need::packages`].
 struct Manager {
     program: &'static str,
@@ -59,7 +64,7 @@ const MANAGERS: [Manager; 3] = [
 
 /// Makes everything that is needed present, or fails with the line to run.
 pub(crate) fn install_missing() -> Result<()> {
-    let missing: Vec<&Need> = NEEDS.iter().chain([&ETHTOOL]).filter(|need| !present(need.probe)).collect();
+    let missing: Vec<&Need> = NEEDS.iter().chain([&ETHTOOL, &SCAPY]).filter(|need| !present(need.probe)).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -119,6 +124,7 @@ fn present(probe: Probe) -> bool {
         Probe::LibClang => {
             std::env::var_os("LIBCLANG_PATH").is_some() || library_directories().iter().any(|directory| has_libclang(directory))
         }
+        Probe::Scapy => has_scapy(),
     }
 }
 
@@ -137,6 +143,13 @@ fn library_directories() -> Vec<String> {
         }
     }
     directories
+}
+
+/// For the Python that the tests ask first.
+fn has_scapy() -> bool {
+    let mut command = Command::new("/usr/bin/python3");
+    let status = command.args(["-c", "import scapy"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    status.is_ok_and(|status| status.success())
 }
 
 /// `libclang.so`, `libclang.so.N` or `libclang-N.so`.
