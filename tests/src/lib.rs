@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+pub mod fuzz;
 pub mod golden;
 pub mod mutate;
 pub mod paths;

@@ -1,7 +1,7 @@
 //! Where in a config file something is wrong: bytes while reading, line and column in the message.
 
 use super::{ConfigError, Value};
-use crate::rule::error::Fault;
+use crate::rule::error::{Fault, one_line};
 use crate::rule::{Rule, SetError};
 
 /// A fault at a byte of the file.
@@ -14,7 +14,7 @@ pub(super) struct Located {
 
 impl Located {
     pub(super) fn new(at: usize, field: &str, problem: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self { at, field: field.to_owned(), problem: problem.into(), hint: hint.into() }
+        Self { at, field: one_line(field.to_owned()), problem: one_line(problem.into()), hint: one_line(hint.into()) }
     }
 
     pub(super) fn of_fault(at: usize, fault: Fault) -> Self {

@@ -57,6 +57,15 @@ egress = "eth3"
     assert_eq!(rules(source), lines.map(|line| line.parse::<Rule>().unwrap()));
 }
 
+#[test]
+fn a_message_is_one_line_whatever_it_quotes() {
+    let rule = "version = 1\n[[rule]]\ningress = \"eth0\"\nmatch = \"239.1.1.1\"\n";
+    for source in ["version = 1\n\"a\\nb\" = 1".to_owned(), format!("{rule}path = \"x\\ny\""), format!("{rule}path = '''x\ny'''")] {
+        let error = parse("relay.toml", &source).unwrap_err().to_string();
+        assert!(error.contains("\\n") && !error.contains('\n'), "{error}");
+    }
+}
+
 /// A file, where it is wrong, and a part of the message.
 const REFUSED: &[(&str, usize, usize, &str)] = &[
     ("", 1, 1, "version: missing"),

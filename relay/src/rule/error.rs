@@ -19,7 +19,7 @@ pub struct Fault {
 impl Fault {
     /// A fault at the start of the value.
     pub fn new(field: &'static str, problem: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self { field, at: 0, problem: problem.into(), hint: hint.into() }
+        Self { field, at: 0, problem: one_line(problem.into()), hint: one_line(hint.into()) }
     }
 
     /// The same, `by` bytes further on.
@@ -45,6 +45,15 @@ pub struct RuleError {
     pub problem: String,
     /// What to write instead.
     pub hint: String,
+}
+
+/// The text with its control characters written out (`\n`): a message stays one line, whatever it quotes.
+pub fn one_line(text: String) -> String {
+    if !text.contains(char::is_control) {
+        return text;
+    }
+    let written = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(written).collect()
 }
 
 /// The known word nearest to `word`, if one is near enough to be meant.

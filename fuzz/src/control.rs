@@ -1,0 +1,8 @@
+//! What a client sends to the control socket. The target is `relay_tests::fuzz::control`; must never hold anything of its own.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| {
+    let _ = relay_tests::fuzz::control(data);
+});
