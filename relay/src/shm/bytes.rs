@@ -200,3 +200,40 @@ impl ByteReader {
         true
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    prop_compose! {
+        /// Near what an honest writer sends, so that some get far.
+        fn chunk()(message in prop_oneof![0..6u64, any::<u64>()], len in prop_oneof![0..300u32, any::<u32>()],
+                   part in prop_oneof![0..4u32, any::<u32>()], byte in any::<u8>()) -> Chunk {
+            Chunk { message, len, part, bytes: [byte; PART] }
+        }
+    }
+
+    proptest! {
+        /// Whatever a compromised writer sends: no panic, no message longer than it may be, and the counts close.
+        #[test]
+        fn hostile_chunks_are_judged(chunks in proptest::collection::vec(chunk(), 1..40)) {
+            let segment = ByteWriter::prepare("hostile", 64).unwrap();
+            let mut reader = ByteReader::open(duplicate(segment.as_fd()).unwrap()).unwrap();
+            let mut writer = Writer::<Chunk>::adopt(duplicate(segment.as_fd()).unwrap()).unwrap();
+            let mut buffer = Vec::new();
+            for chunk in &chunks {
+                writer.send(chunk).unwrap();
+                if reader.receive(&mut buffer) == ReceivedBytes::Message {
+                    prop_assert!(buffer.len() <= MAX_LEN);
+                }
+            }
+            prop_assert!(reader.lost() <= reader.last && reader.malformed() <= chunks.len() as u64);
+            drop(writer);
+            // A successor of the compromised writer goes on, whatever number it finds.
+            let mut writer = ByteWriter::adopt(duplicate(segment.as_fd()).unwrap()).unwrap();
+            writer.send(b"honest again").unwrap();
+            reader.receive(&mut buffer);
+        }
+    }
+}
