@@ -45,8 +45,8 @@ impl Supervisor {
         let wish = match (rule.path, self.options.backend) {
             (PathChoice::Kernel, _) | (PathChoice::Auto, BackendChoice::Kernel) => Wish::Kernel,
             (PathChoice::Packet, _) | (PathChoice::Auto, BackendChoice::Packet) => Wish::Packet,
-            // The kernel path by itself (`Wish::Auto`) comes once every namespace test has run with it; until then it is asked for.
-            (PathChoice::Xsk | PathChoice::Auto, _) => Wish::Xsk,
+            (PathChoice::Xsk, _) | (PathChoice::Auto, BackendChoice::Xsk) => Wish::Xsk,
+            (PathChoice::Auto, BackendChoice::Auto) => Wish::Auto,
         };
         let no_kernel = match &self.program {
             Some(program) => program.kernel().err().map(str::to_owned),

@@ -1,0 +1,74 @@
+//! `path=auto`: the kernel path where nothing stands against it, a worker where something does, and no packet lost in between.
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot set up its world has failed")]
+
+use relay::lab::RelayProcess;
+use relay_tests::paths::{self, Moved, Outside, await_moved};
+use relay_tests::{
+    Lab, LabSpec, Listener, assert_frames_conserved, assert_rules_conserved, needs_root, send_args, send_in_background, start_relay,
+};
+use std::time::{Duration, Instant};
+
+const ATTEMPTS: u32 = 5;
+const COUNT: u64 = 60_000;
+const RULES: [&str; 4] = [
+    "--rule",
+    "r0 239.1.1.1:5000 -> r1 239.9.9.9:6000 ttl=keep, r2 239.9.9.9:6000; id=a",
+    "--rule",
+    "r0 239.1.1.2:5000 -> r1 rate=1kpps; id=b",
+];
+
+/// Path and reason of a rule.
+fn plan(relay: &RelayProcess, id: &str) -> (String, String) {
+    let rules = relay.rules().unwrap();
+    let rule = rules.as_array().unwrap().iter().find(|rule| rule["id"] == id).unwrap();
+    (rule["path"].as_str().unwrap().into(), rule["reason"].as_str().unwrap().into())
+}
+
+/// Five more addresses are more than the program compares a source with.
+fn addresses(lab: &Lab, verb: &str, path: &str, relay: &RelayProcess) {
+    let lines: String = (10..15).map(|host| format!("addr {verb} 10.0.0.{host}/24 dev r0\n")).collect();
+    lab.relay.ip_batch(&lines).unwrap();
+    let begin = Instant::now();
+    while plan(relay, "a").0 != path {
+        assert!(begin.elapsed() < Duration::from_secs(3), "not {path}: {:?}; {}", plan(relay, "a"), relay.log());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn auto_is_the_kernel_path_and_leaves_it_without_loss() {
+    needs_root!();
+    let _turn = paths::turn();
+    for _ in 0..ATTEMPTS {
+        let lab = Lab::new(LabSpec { sinks: 2, separate_sinks: true, ..LabSpec::default() }).unwrap();
+        let relay = start_relay(&lab, &RULES).unwrap();
+        assert_eq!(plan(&relay, "a").0, "kernel", "{:?}", plan(&relay, "a"));
+        let (path, reason) = plan(&relay, "b");
+        assert!(path == "xsk" && reason.contains("rate="), "{path}: {reason}");
+        let (outside, before) = (Outside::of(&lab, &relay, "a").unwrap(), relay.stats().unwrap());
+        let listeners = [1, 2].map(|link| Listener::on(lab.sink(link), &format!("k{link}"), "239.9.9.9:6000", Some(COUNT)).unwrap());
+        let sending = send_in_background(&lab, &send_args("s0", "239.1.1.1:5000", 20_000, COUNT).unwrap()).unwrap();
+        for _ in 0..3 {
+            std::thread::sleep(Duration::from_millis(200));
+            addresses(&lab, "add", "xsk", &relay);
+            std::thread::sleep(Duration::from_millis(200));
+            addresses(&lab, "del", "kernel", &relay);
+        }
+        assert_eq!(sending.wait().unwrap().sent, COUNT);
+        let reports = listeners.map(|listener| listener.wait().unwrap());
+        let lost: u64 = reports.iter().map(|report| report.lost).sum();
+        let others = outside.lost(&relay).unwrap();
+        if lost > 0 && lost <= 2 * others {
+            eprintln!("void, once more: others lost {others}: {reports:?}");
+            continue;
+        }
+        for report in &reports {
+            assert_eq!((report.received, report.lost, report.duplicated, report.corrupted), (COUNT, 0, 0, 0), "{report:?}");
+        }
+        let after = await_moved(&relay, &before, "a", &Moved::all(COUNT, 2)).unwrap();
+        assert_rules_conserved(&after);
+        assert_frames_conserved(&after);
+        return;
+    }
+    panic!("{ATTEMPTS} runs in a row were void: the machine is too busy to judge the relay");
+}
