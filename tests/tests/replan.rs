@@ -72,3 +72,22 @@ fn auto_is_the_kernel_path_and_leaves_it_without_loss() {
     }
     panic!("{ATTEMPTS} runs in a row were void: the machine is too busy to judge the relay");
 }
+
+/// The programs that count what is sent are attached while they are needed, without the capabilities of the start.
+#[test]
+fn a_rule_takes_the_kernel_path_long_after_the_start() {
+    needs_root!();
+    let _turn = paths::turn();
+    let lab = Lab::simple().unwrap();
+    let relay = start_relay(&lab, &["--backend", "xsk", "--rule", "r0 239.1.1.2:5000 -> r1; id=b"]).unwrap();
+    std::thread::sleep(Duration::from_millis(2_700));
+    for _ in 0..2 {
+        relay.command(&["rule", "add", "r0 239.1.1.1:5000 -> r1 239.9.9.9:6000; id=a path=kernel"]).unwrap();
+        let before = relay.stats().unwrap();
+        let listener = Listener::on(lab.sink(1), "k1", "239.9.9.9:6000", Some(1_000)).unwrap();
+        send_in_background(&lab, &send_args("s0", "239.1.1.1:5000", 10_000, 1_000).unwrap()).unwrap().wait().unwrap();
+        assert_eq!(listener.wait().unwrap().received, 1_000);
+        await_moved(&relay, &before, "a", &Moved::all(1_000, 1)).unwrap();
+        relay.command(&["rule", "del", "a"]).unwrap();
+    }
+}
