@@ -1,5 +1,5 @@
 //! `path=auto`: the kernel path where nothing stands against it, a worker where something does, and no packet lost in between.
-#![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot set up its world has failed")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot set up its world has failed")]
 
 use relay::lab::RelayProcess;
 use relay_tests::paths::{self, Moved, Outside, await_moved};
