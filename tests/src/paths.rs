@@ -89,8 +89,9 @@ pub fn only_lost(report: &recv::Report, outside: u64) -> bool {
     report.lost > 0 && report.lost <= outside && wrong == 0
 }
 
-/// The relay goes before what else runs on the machine: a busy machine is not a lossy relay.
-fn renice(nice: &str) {
+/// Sets the niceness of this thread and of what it starts: the relay goes before what else runs on the machine (a busy machine is
+/// not a lossy relay), a thread that only watches goes behind it.
+pub fn renice(nice: &str) {
     let thread = nix::unistd::gettid().to_string();
     // Where that fails, the test is as strict as with it, only less patient.
     let _ = Command::new("renice").args(["-n", nice, "-p", &thread]).stdout(Stdio::null()).stderr(Stdio::null()).status();
