@@ -93,3 +93,26 @@ fn a_removed_interface_costs_named_drops_only(path: &Path) {
     assert_rules_conserved(&after);
     assert_frames_conserved(&after);
 }
+
+/// With one output the kernel path redirects to the device alone, and the kernel says at once that it is down.
+#[test]
+fn a_device_taken_down_refuses_by_name_on_the_kernel_path() {
+    relay_tests::needs_root!();
+    let _turn = relay_tests::paths::turn();
+    let lab = Lab::simple().unwrap();
+    let relay = relay_tests::paths::KERNEL.start(&lab, &["r0 239.1.1.1:5000 -> r1 239.9.9.9:6000; id=a"]).unwrap();
+    let listener = Listener::on(lab.sink(1), "k1", "239.9.9.9:6000", None).unwrap();
+    let before = relay.stats().unwrap();
+    let sending = send_in_background(&lab, &send_args("s0", GROUP, 20_000, 10_000).unwrap()).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    lab.relay.ip_batch("link set r1 down\n").unwrap();
+    assert_eq!(sending.wait().unwrap().sent, 10_000);
+    let after = settled(&relay, &before, 10_000);
+    let got = listener.finish().unwrap().received;
+    let counted = moved(&before, &after, "a").unwrap();
+    assert_eq!((counted.rx, &counted.tx), (10_000, &vec![got]), "{after}");
+    let drops = &counted.output_drops[0];
+    assert!(drops.get("output_down").is_some_and(|down| *down > 0), "{after}");
+    assert_eq!(interface(&relay, "r1")["refused"].as_u64(), Some(drops.get("send_failed").copied().unwrap_or(0)), "{after}");
+    assert_rules_conserved(&after);
+}
