@@ -20,7 +20,8 @@ pub(super) fn ifindex_offset() -> Option<u32> {
     *OFFSET.get_or_init(|| btf::member_offset(&std::fs::read(KERNEL_BTF).ok()?, "net_device", "ifindex"))
 }
 
-/// Has the kernel verify the programs, and attaches them: whether that can be done has to be known before a rule relies on it.
+/// Has the kernel verify the programs, and attaches them for a moment: whether that can be done has to be known before a rule
+/// relies on it.
 pub(super) fn load(ebpf: &mut Ebpf) -> Result<Watch, ProgramError> {
     if ifindex_offset().is_none() {
         return Err(ProgramError::Diagnostics(format!("the kernel does not describe its structures ({KERNEL_BTF})")));
@@ -28,7 +29,8 @@ pub(super) fn load(ebpf: &mut Ebpf) -> Result<Watch, ProgramError> {
     for (name, _) in WATCHERS {
         watcher(ebpf, name)?.load().map_err(|error| ProgramError::load(name, error))?;
     }
-    Ok(Watch(attach(ebpf)?))
+    attach(ebpf)?;
+    Ok(Watch::default())
 }
 
 fn watcher<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut RawTracePoint, ProgramError> {
