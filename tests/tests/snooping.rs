@@ -10,6 +10,7 @@ use relay::lab::send::send;
 use relay::lab::{Namespace, enable_gro};
 use relay_tests::paths::{PATHS, Path};
 use relay_tests::{Listener, RelayProcess, needs_root, relay_bin, rule_stats, send_args};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 const RATE: u64 = 200;
@@ -77,13 +78,21 @@ fn build() -> Switched {
     lab
 }
 
+/// One after the other: the kernel verifies the program for each, and two dozen at once would wait for each other.
+fn start(namespace: &Namespace, args: &[&str]) -> RelayProcess {
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut relay = RelayProcess::start(namespace, &relay_bin().unwrap(), args).unwrap();
+    relay.wait_ready().unwrap();
+    relay
+}
+
 /// The stream's fate behind the bridge, and how many packets the rule took.
 fn relayed(path: &Path, flow: &Flow, keys: &str) -> (Report, u64) {
     let lab = build();
     let rule = format!("r0 {} -> r1 {}; id=a{keys}", flow.matching, flow.out);
     let args: Vec<&str> = path.args.iter().copied().chain(["--rule", &rule]).collect();
-    let mut relay = RelayProcess::start(&lab.relay, &relay_bin().unwrap(), &args).unwrap();
-    relay.wait_ready().unwrap();
+    let relay = start(&lab.relay, &args);
     path.check(&relay).unwrap();
     assert_eq!(relay.rules().unwrap()[0]["joined"], keys.is_empty());
     // The report of the join and the first query have passed.
