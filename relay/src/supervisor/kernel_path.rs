@@ -89,7 +89,7 @@ pub struct KernelPath {
     current: BTreeMap<u32, Placed>,
     change: Option<Change>,
     resting: Vec<(Instant, Placed)>,
-    used_at: Instant,
+    used_at: Option<Instant>,
     plans: Ranges,
     outputs: Ranges,
     /// Devices by place: interface, and whether entries carry the egress program.
@@ -106,7 +106,7 @@ impl Default for KernelPath {
             current: BTreeMap::new(),
             change: None,
             resting: Vec::new(),
-            used_at: Instant::now(),
+            used_at: None,
             plans: Ranges::new(MAX_PLANS),
             outputs: Ranges::new(MAX_PLAN_OUTPUTS),
             devices: BTreeMap::new(),
@@ -186,9 +186,9 @@ impl KernelPath {
     /// Whether packets may be on their way by these tables, or were a moment ago.
     pub fn is_used(&mut self, now: Instant) -> bool {
         if !(self.target.is_empty() && self.current.is_empty() && self.resting.is_empty()) {
-            self.used_at = now;
+            self.used_at = Some(now);
         }
-        now < self.used_at + UNUSED
+        self.used_at.is_some_and(|at| now < at + UNUSED)
     }
 
     /// Goes on; true when the target is in force.
