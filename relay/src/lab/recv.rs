@@ -108,10 +108,16 @@ pub struct Report {
     pub distinct: u64,
     /// Sequences that did not come: of `--count`, or between lowest and highest.
     pub lost: u64,
+    /// Runs of sequences missing one after the other, between lowest and highest.
+    pub loss_runs: u64,
+    /// Sequences of the longest such run.
+    pub longest_loss_run: u64,
     /// Sequences that came again.
     pub duplicated: u64,
     /// Sequences that came after a higher one.
     pub reordered: u64,
+    /// How many sequences below the highest so far the latest of them was.
+    pub reorder_depth: u64,
     /// Damaged payloads.
     pub corrupted: u64,
     /// Too short to be numbered.
@@ -153,12 +159,16 @@ pub struct Report {
 impl Report {
     /// Closes the account.
     pub fn new(tally: &Tally, expected: Option<u64>, socket_drops: u64, softnet_drops: u64) -> Self {
+        let runs = tally.loss_runs();
         let mut report = Self {
             received: tally.received,
             distinct: tally.distinct,
             lost: tally.lost(expected),
+            loss_runs: runs.count,
+            longest_loss_run: runs.longest,
             duplicated: tally.duplicated,
             reordered: tally.reordered,
+            reorder_depth: tally.reorder_depth,
             corrupted: tally.corrupted,
             unnumbered: tally.unnumbered,
             foreign: tally.foreign,
@@ -220,13 +230,15 @@ fn receive_xsk(_args: &Args) -> Result<Report> {
 pub fn describe(r: &Report) -> String {
     let us = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.1} µs"));
     format!(
-        "{:?}: received {}, lost {}, duplicated {}, reordered {}, corrupted {}, foreign {}, dropped at the socket {}\n\
+        "{:?}: received {}, lost {}{}, duplicated {}, reordered {}{}, corrupted {}, foreign {}, dropped at the socket {}\n\
          {:.0} pps over {:.1} ms; latency p50 {}, p99 {}, p99.9 {}, max {}; longest silence {} µs ({} over 1 ms)",
         r.verdict,
         r.received,
         r.lost,
+        if r.loss_runs == 0 { String::new() } else { format!(" (gaps {}, longest {})", r.loss_runs, r.longest_loss_run) },
         r.duplicated,
         r.reordered,
+        if r.reordered == 0 { String::new() } else { format!(" (by {} at most)", r.reorder_depth) },
         r.corrupted,
         r.foreign,
         r.socket_drops,
@@ -386,6 +398,14 @@ mod tests {
             tally.record(&buf, 2);
         }
         tally
+    }
+
+    #[test]
+    fn the_words_tell_gaps_and_depth_only_where_there_are_some() {
+        let words = describe(&Report::new(&tally(&[0, 3, 2, 9]), None, 0, 0));
+        assert!(words.contains("lost 6 (gaps 2, longest 5), duplicated 0, reordered 1 (by 1 at most), corrupted 0"), "{words}");
+        let words = describe(&Report::new(&tally(&[0, 1, 2]), None, 0, 0));
+        assert!(words.contains("lost 0, duplicated 0, reordered 0, corrupted 0"), "{words}");
     }
 
     #[test]

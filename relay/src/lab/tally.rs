@@ -23,6 +23,22 @@ pub struct Silence {
     pub len_us: u64,
 }
 
+/// Sequences missing one after the other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LossRuns {
+    /// How many such runs.
+    pub count: u64,
+    /// Sequences of the longest.
+    pub longest: u64,
+}
+
+impl LossRuns {
+    fn add(&mut self, missing: u64) {
+        self.count += u64::from(missing > 0);
+        self.longest = self.longest.max(missing);
+    }
+}
+
 /// Running account of one stream.
 #[derive(Debug)]
 pub struct Tally {
@@ -33,6 +49,8 @@ pub struct Tally {
     first_ns: u64,
     last_ns: u64,
     longest_ns: u64,
+    /// How far below the highest sequence so far a first arrival came, at most.
+    pub reorder_depth: u64,
     /// Gaps over 1 ms, in order.
     pub silences: Vec<Silence>,
     /// Datagrams of any kind.
@@ -62,6 +80,7 @@ impl Tally {
             first_ns: 0,
             last_ns: 0,
             longest_ns: 0,
+            reorder_depth: 0,
             silences: Vec::new(),
             received: 0,
             distinct: 0,
@@ -111,7 +130,9 @@ impl Tally {
             Some(false) => self.duplicated += 1,
             Some(true) => {
                 self.distinct += 1;
-                self.reordered += u64::from(self.highest.is_some_and(|highest| sequence < highest));
+                let depth = self.highest.map_or(0, |highest| highest.saturating_sub(sequence));
+                self.reordered += u64::from(depth > 0);
+                self.reorder_depth = self.reorder_depth.max(depth);
                 self.highest = self.highest.max(Some(sequence));
                 self.lowest = self.lowest.min(sequence);
             }
@@ -136,6 +157,25 @@ impl Tally {
     pub fn lost(&self, expected: Option<u64>) -> u64 {
         let span = self.highest.map_or(0, |highest| (highest - self.lowest).saturating_add(1));
         expected.unwrap_or(span).max(span).saturating_sub(self.distinct)
+    }
+
+    /// Runs of missing sequences between the lowest and the highest seen: one walk over the pages there are, at the end of a run.
+    pub fn loss_runs(&self) -> LossRuns {
+        let mut runs = LossRuns::default();
+        let mut pages: Vec<(&u64, &Box<[u64]>)> = self.pages.iter().collect();
+        pages.sort_unstable_by_key(|(number, _)| **number);
+        let words = pages.into_iter().flat_map(|(number, page)| page.iter().zip(number * PAGE / 64..));
+        let mut last = None;
+        for (word, position) in words {
+            let mut left = *word;
+            while left != 0 {
+                let sequence = position * 64 + u64::from(left.trailing_zeros());
+                runs.add(last.map_or(0, |last| sequence - last - 1));
+                last = Some(sequence);
+                left &= left - 1;
+            }
+        }
+        runs
     }
 
     /// Lowest sequence seen.
@@ -186,6 +226,21 @@ mod tests {
         assert_eq!((t.lost(None), t.lost(Some(12)), t.lost(Some(10))), (4, 6, 4));
         assert_eq!((t.lowest(), t.highest()), (Some(0), Some(9)));
         assert_eq!(t.latency_us(0.5), Some(0.5));
+    }
+
+    #[test]
+    fn runs_of_losses_and_the_depth_of_reordering_are_counted() {
+        let runs = |sequences: &[u64]| {
+            let runs = tally(sequences).loss_runs();
+            (runs.count, runs.longest)
+        };
+        assert_eq!(runs(&[]), (0, 0));
+        assert_eq!(runs(&[5, 6, 7, 6]), (0, 0));
+        assert_eq!(runs(&[5, 9, 7, 12]), (3, 2));
+        assert_eq!(runs(&[63, 64, 66, 127, 128]), (2, 60));
+        assert_eq!(runs(&[PAGE - 1, PAGE, 3 * PAGE + 1]), (1, 2 * PAGE));
+        assert_eq!(runs(&[0, u64::MAX]), (1, u64::MAX - 1));
+        assert_eq!((tally(&[0, 4, 1, 3]).reorder_depth, tally(&[0, 1, 1, 2]).reorder_depth), (3, 0));
     }
 
     #[test]
