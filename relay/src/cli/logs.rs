@@ -1,9 +1,20 @@
 //! Logs on stderr: levels by -v, directives by RUST_LOG, no colours outside a terminal.
+//!
+//! Who reads them may stop, go away, or have no room. Must never wait for that nor end over it: lines are lost then, and counted.
 
 use super::failure::Failure;
 use super::output::colours_wanted;
-use std::io::{self, IsTerminal};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use tracing_subscriber::EnvFilter;
+
+/// What a pipe that is ready takes at once (PIPE_BUF).
+const PIECE: usize = 4096;
+
+/// Lines lost since the last one that was written.
+static LOST: AtomicU64 = AtomicU64::new(0);
 
 /// Starts logging. The daemon tells what it does; the other commands speak up only when something is wrong.
 pub(super) fn init(verbose: u8, is_daemon: bool) -> Result<(), Failure> {
@@ -18,6 +29,79 @@ pub(super) fn init(verbose: u8, is_daemon: bool) -> Result<(), Failure> {
         .map_err(|error| Failure::bad_input(format!("RUST_LOG: {error}")).field("RUST_LOG").hint("for example RUST_LOG=relay=debug"))?;
     let colours = io::stderr().is_terminal() && colours_wanted();
     // A logger that is there already (a test's) stays.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(colours).try_init();
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| Unhurried(io::stderr(), &LOST)).with_ansi(colours).try_init();
     Ok(())
+}
+
+/// Writes each line only as far as it is taken at once. O_NONBLOCK would do the same, but to everybody who shares the terminal.
+struct Unhurried<'a, W>(W, &'a AtomicU64);
+
+impl<W: Write + AsFd> Write for Unhurried<'_, W> {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let lost = self.1.load(Ordering::Relaxed);
+        let said =
+            lost == 0 || self.put(format!("relay: {lost} log lines lost: nobody read standard error, or it had no room\n").as_bytes());
+        if said {
+            self.1.fetch_sub(lost, Ordering::Relaxed);
+        }
+        if !said || !self.put(line) {
+            self.1.fetch_add(1, Ordering::Relaxed);
+        }
+        // An error would be told on stderr, by a macro that panics where it can't.
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<W: Write + AsFd> Unhurried<'_, W> {
+    /// Whether all of it was taken.
+    fn put(&mut self, text: &[u8]) -> bool {
+        text.chunks(PIECE).all(|piece| self.is_ready() && self.0.write_all(piece).is_ok())
+    }
+
+    fn is_ready(&self) -> bool {
+        let mut stderr = [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)];
+        poll(&mut stderr, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
+
+    #[test]
+    fn a_full_pipe_costs_lines_which_are_counted() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let lost = AtomicU64::new(0);
+        let mut log = Unhurried(File::from(OwnedFd::from(writer)), &lost);
+        let line = [&[b'x'; 999][..], b"\n"].concat();
+        let mut lines = 0;
+        while lost.load(Ordering::Relaxed) < 3 {
+            log.write_all(&line).unwrap();
+            lines += 1;
+            assert!(lines < 100_000, "a pipe has no such room");
+        }
+        let mut taken = vec![0; (lines - 3) * line.len()];
+        reader.read_exact(&mut taken).unwrap();
+        log.write_all(b"on\n").unwrap();
+        drop(log);
+        let mut rest = String::new();
+        reader.read_to_string(&mut rest).unwrap();
+        assert_eq!(rest, "relay: 3 log lines lost: nobody read standard error, or it had no room\non\n");
+        assert_eq!(lost.into_inner(), 0);
+    }
+
+    #[test]
+    fn a_full_disk_is_no_error() {
+        let lost = AtomicU64::new(0);
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        Unhurried(full, &lost).write_all(b"a line\n").unwrap();
+        assert_eq!(lost.into_inner(), 1);
+    }
 }

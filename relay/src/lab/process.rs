@@ -40,11 +40,16 @@ pub struct RelayProcess {
 impl RelayProcess {
     /// Starts `program run ARGS --socket …` inside `namespace`. Does not wait: see [`RelayProcess::wait_ready`].
     pub fn start(namespace: &Namespace, program: &Path, args: &[&str]) -> Result<Self> {
+        Self::start_with_stderr(namespace, program, args, Stdio::piped())
+    }
+
+    /// The same with another standard error, which is in [`RelayProcess::log`] only if it is [`Stdio::piped`].
+    pub fn start_with_stderr(namespace: &Namespace, program: &Path, args: &[&str], stderr: Stdio) -> Result<Self> {
         let directory = std::env::temp_dir().join(format!("relay-lab-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
         std::fs::create_dir_all(&directory).map_err(LabError::io(directory.display().to_string()))?;
         let mut command = namespace.command(program)?;
         command.arg("run").args(args).arg("--socket").arg(directory.join("relay.sock"));
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
         let mut child = command.spawn().map_err(LabError::io(format!("starting {}", program.display())))?;
         let log = Arc::new(Mutex::new(String::new()));
         let readers = [child.stdout.take().map(|out| collect(out, &log)), child.stderr.take().map(|err| collect(err, &log))];
