@@ -11,6 +11,8 @@ use clap::Subcommand;
 pub(super) enum BenchCommand {
     /// Packets a second through the relay's paths and the baselines
     Path(path::Args),
+    /// The same for rules of several outputs
+    Fanout(path::FanoutArgs),
     /// What a message costs from thread to thread
     Ring(ring::Args),
     /// What a message costs from process to process
@@ -24,7 +26,8 @@ pub(super) enum BenchCommand {
 /// Measures and prints.
 pub(super) fn run(command: &BenchCommand, context: &Context) -> Outcome {
     match command {
-        BenchCommand::Path(args) => run_path(args, context),
+        BenchCommand::Path(args) => print_rows(&path::measure(args)?, context),
+        BenchCommand::Fanout(args) => print_rows(&path::measure_fanout(args)?, context),
         BenchCommand::Ring(args) => print(&ring::measure(args).map_err(failed)?, context),
         BenchCommand::Channels(args) => {
             let report = channels::measure(args).map_err(failed)?;
@@ -48,9 +51,9 @@ fn print(report: &ringbench::Report, context: &Context) -> Outcome {
     Ok(OK)
 }
 
-fn run_path(args: &path::Args, context: &Context) -> Outcome {
-    let report = path::measure(args)?;
-    context.output.facts(&report, |_| path::table(&report))?;
+/// A row that could not run is a failure, whatever the others say.
+fn print_rows(report: &path::Report, context: &Context) -> Outcome {
+    context.output.facts(report, |_| path::table(report))?;
     for error in &report.errors {
         tracing::error!("{error}");
     }

@@ -69,9 +69,14 @@ impl Arm {
         if self == Self::Coalesce { "xsk" } else { self.name() }
     }
 
-    /// Whether it can send to several outputs.
-    pub fn fans_out(self) -> bool {
-        !matches!(self, Self::Sockets | Self::Redirect)
+    /// Whether it is the relay, and no baseline: such an arm can send to several outputs.
+    pub fn is_relay(self) -> bool {
+        matches!(self, Self::Xsk | Self::Coalesce | Self::Packet | Self::Kernel)
+    }
+
+    /// Whether it sends XDP frames, and no socket buffers.
+    pub fn sends_frames(self) -> bool {
+        matches!(self, Self::Kernel | Self::Redirect)
     }
 
     /// The rule, with path and engine named (DECISIONS: tests and figures); every output is rewritten differently.
@@ -107,7 +112,7 @@ impl Running {
     /// The same with so many outputs, all out of `r1`.
     pub fn start_fanout(lab: &Lab, arm: Arm, fanout: u16, program: &Path, cpu: Option<usize>, extra: &[&str]) -> Result<Self> {
         match arm {
-            _ if fanout > 1 && !arm.fans_out() => Err(LabError::Invalid(format!("{} has one output only", arm.name()))),
+            _ if fanout > 1 && !arm.is_relay() => Err(LabError::Invalid(format!("{} has one output only", arm.name()))),
             Arm::Xsk | Arm::Coalesce | Arm::Packet | Arm::Kernel => start_relay(lab, arm, &arm.rule(fanout), program, cpu, extra),
             Arm::Sockets => {
                 let from = super::recv::Subscription { source: None, group: GROUP };

@@ -32,6 +32,7 @@ const SOURCE: &str = "10.0.0.1:40000";
 #[derive(Debug)]
 pub struct Generator {
     program: LabProgram,
+    flow: Flow,
     frame: Vec<u8>,
     ifindex: u32,
 }
@@ -69,18 +70,23 @@ impl Generator {
         let destination_mac = group_mac(to.ip()).ok_or_else(|| LabError::Invalid(format!("{to} is no group")))?;
         let source = SOURCE.parse().map_err(|_| LabError::Invalid(SOURCE.into()))?;
         let flow = Flow { source_mac: [2, 0, 0, 0, 0, 1], destination_mac, source, destination: to, ttl: 16, dscp: 0 };
+        let ifindex = lab.src.run(|| socket::ifindex("s0"))??;
+        let mut generator = Self { program: LabProgram::load()?, flow, frame: Vec::new(), ifindex };
+        generator.set_payload(size)?;
+        Ok(generator)
+    }
+
+    /// From now on datagrams of `size` bytes.
+    pub fn set_payload(&mut self, size: usize) -> Result<()> {
         let mut bytes = vec![0; size];
         payload::write(&mut bytes, 0, 0);
-        let frame = flow.frame(&bytes);
-        let ifindex = lab.src.run(|| socket::ifindex("s0"))??;
-        let mut program = LabProgram::load()?;
-        program.set_template(&frame)?;
-        Ok(Self { program, frame, ifindex })
+        self.frame = self.flow.frame(&bytes);
+        self.program.set_template(&self.frame)
     }
 
     /// Sends `count` packets from `cpu`; how long it took.
     pub fn send(&mut self, lab: &Lab, cpu: usize, count: u32) -> Result<Duration> {
-        let Self { program, frame, ifindex } = self;
+        let Self { program, frame, ifindex, .. } = self;
         lab.src.run(|| {
             clock::pin_thread(cpu)?;
             let begin = Instant::now();

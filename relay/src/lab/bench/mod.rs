@@ -1,0 +1,153 @@
+//! `relay bench path` and `fanout`: packets per second through each path and each baseline, interleaved, counted at the receiver.
+//!
+//! ARCHITECTURE.md, "Figures", is the law here: the generator's ceiling is named, arms alternate, medians come with minimum
+//! and maximum, and what disturbed a run is said with it. Must never report what the relay says about itself as delivered.
+
+mod report;
+mod runs;
+
+pub use report::{Machine, Report, Row, machine, table};
+
+use super::arms::{Arm, GROUP};
+use super::clock;
+use super::error::{LabError, Result};
+use super::generator::{Generator, Sink};
+use super::send::parse_duration;
+use super::topology::Lab;
+use runs::Case;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// How to load a path, and where: the same for every bench.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Load {
+    /// Rounds; each runs every row once
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub rounds: u32,
+    /// Length of a run
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "3s")]
+    pub duration: Duration,
+    /// Bytes of payload, one or several sizes
+    #[arg(long, default_value = "64", value_delimiter = ',', value_name = "B", value_parser = clap::value_parser!(u16).range(1..=1472))]
+    pub payload: Vec<u16>,
+    /// Where it runs.
+    #[command(flatten)]
+    pub place: Place,
+}
+
+/// Which relay, on which CPUs.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Place {
+    /// CPU of the generator
+    #[arg(long, default_value_t = 0, value_name = "CPU")]
+    pub generator_cpu: usize,
+    /// CPU of the relay and the sink
+    #[arg(long, default_value_t = 1, value_name = "CPU")]
+    pub cpus: usize,
+    /// The relay's wait strategy
+    #[arg(long, default_value = "spin", value_name = "STRATEGY")]
+    pub wait: String,
+    /// The relay under test [default: this program]
+    #[arg(long, value_name = "FILE")]
+    pub program: Option<PathBuf>,
+}
+
+impl Place {
+    /// Both CPUs may be used here.
+    fn check(&self) -> Result<()> {
+        let allowed = clock::allowed_cpus();
+        match [self.generator_cpu, self.cpus].into_iter().find(|cpu| !allowed.contains(cpu)) {
+            Some(cpu) => Err(LabError::Invalid(format!("CPU {cpu} is not allowed here (--generator-cpu, --cpus): {allowed:?}"))),
+            None => Ok(()),
+        }
+    }
+
+    /// Round trip of a cache line between the two CPUs.
+    fn ping_pong_ns(&self) -> Result<f64> {
+        clock::ping_pong_ns(self.generator_cpu, self.cpus)
+    }
+}
+
+/// Arguments of `relay bench path`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// Rows, in order
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Arm::Xsk, Arm::Coalesce, Arm::Packet, Arm::Sockets, Arm::Redirect])]
+    pub rows: Vec<Arm>,
+    /// Instead of flat out: packets a second from a paced source, one run a row, loss reported
+    #[arg(long, value_name = "N")]
+    pub rate: Option<u64>,
+    /// Outputs of the rule, each rewritten differently, all out of one interface; what is delivered is the sum
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub fanout: u16,
+    /// How it is loaded.
+    #[command(flatten)]
+    pub load: Load,
+}
+
+/// Arguments of `relay bench fanout`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct FanoutArgs {
+    /// Paths, in order
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Arm::Xsk, Arm::Coalesce, Arm::Kernel, Arm::Packet])]
+    pub rows: Vec<Arm>,
+    /// Outputs of the rule, each rewritten differently, all out of one interface; what is delivered is the sum
+    #[arg(long, default_value = "1,4,16", value_delimiter = ',', value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub fanout: Vec<u16>,
+    /// How it is loaded.
+    #[command(flatten)]
+    pub load: Load,
+}
+
+/// `relay bench path`: all rounds of all rows.
+pub fn measure(args: &Args) -> Result<Report> {
+    measure_cases(&cases(&args.rows, &[args.fanout], &args.load.payload), &args.load, args.rate)
+}
+
+/// `relay bench fanout`: the same at several fan-outs.
+pub fn measure_fanout(args: &FanoutArgs) -> Result<Report> {
+    measure_cases(&cases(&args.rows, &args.fanout, &args.load.payload), &args.load, None)
+}
+
+/// Rows that are compared with one another stand, and run, side by side.
+fn cases(arms: &[Arm], fanouts: &[u16], payloads: &[u16]) -> Vec<Case> {
+    let loads = payloads.iter().flat_map(|payload| fanouts.iter().map(|fanout| (*payload, *fanout)));
+    loads.flat_map(|(payload, fanout)| arms.iter().map(move |arm| Case { arm: *arm, fanout, payload })).collect()
+}
+
+fn measure_cases(cases: &[Case], load: &Load, rate: Option<u64>) -> Result<Report> {
+    load.place.check()?;
+    let lab = Lab::simple()?;
+    let mut generator = Generator::new(&lab, GROUP, 64)?;
+    let mut report = Report { machine: machine(), ..Report::default() };
+    report.ping_pong_ns.push(load.place.ping_pong_ns()?);
+    let ceilings = ceilings(&lab, &mut generator, load)?;
+    report.generator_ceiling_pps = ceilings.first().map_or(0.0, |(_, pps)| *pps);
+    let runs = match rate {
+        None => runs::flat_out(&lab, &mut generator, cases, load, &mut report.errors),
+        Some(rate) => runs::paced(&lab, &mut generator, cases, load, rate, &mut report.errors),
+    };
+    report.ping_pong_ns.push(load.place.ping_pong_ns()?);
+    let ceiling = |case: &Case| ceilings.iter().find(|(payload, _)| *payload == case.payload).map_or(f64::INFINITY, |(_, pps)| *pps);
+    let limit = |case: &Case| rate.is_none().then(|| ceiling(case));
+    report.rows = cases.iter().filter_map(|case| report::row(case, &load.place.wait, &runs, limit(case))).collect();
+    report::set_ratios(&mut report.rows);
+    report.preempted = report.rows.iter().any(|row| row.preempted);
+    Ok(report)
+}
+
+/// The generator alone, by payload.
+fn ceilings(lab: &Lab, generator: &mut Generator, load: &Load) -> Result<Vec<(u16, f64)>> {
+    let sink = Sink::at_relay(lab)?;
+    let length = load.duration.min(Duration::from_secs(1));
+    let mut ceiling = |payload: u16| {
+        generator.set_payload(usize::from(payload))?;
+        Ok((payload, generator.window(lab, load.place.generator_cpu, &sink, length)?.delivered_pps()))
+    };
+    load.payload.iter().map(|payload| ceiling(*payload)).collect()
+}
+
+/// The relay under test: this executable unless told otherwise.
+pub fn program(given: Option<&PathBuf>) -> Result<PathBuf> {
+    given.map_or_else(|| std::env::current_exe().map_err(LabError::io("own executable")), |path| Ok(path.clone()))
+}

@@ -1,0 +1,301 @@
+//! What the benches say: rows from runs, ratios, and the table. Pure but for the machine's name.
+//!
+//! Must never leave out what makes a figure doubtful: it stands beside the figure.
+
+use super::runs::{Case, Run};
+use crate::lab::arms::{Arm, GROUP, REWRITTEN};
+use crate::lab::clock;
+use serde::{Deserialize, Serialize};
+
+/// A ping-pong slower than this says that the machine is in its slow state.
+const SLOW_PING_PONG_NS: f64 = 200.0;
+/// A relay within this of the ceiling may be the generator's figure.
+const CEILING_MARGIN: f64 = 0.9;
+/// At flat out, a relay that delivers this share of the offer was not the bottleneck.
+const KEPT_UP: f64 = 0.98;
+/// A run that loses more than this share after the relay is void.
+const SINK_SHARE: f64 = 0.001;
+/// Involuntary switches a second that make a figure doubtful.
+const PREEMPTED_PER_SECOND: f64 = 20.0;
+
+/// `relay bench path|fanout --json`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// What it ran on.
+    pub machine: Machine,
+    /// Packets a second that reach an XDP_DROP in the relay's place, at the first payload.
+    pub generator_ceiling_pps: f64,
+    /// Any row was.
+    pub preempted: bool,
+    /// Round trip of a cache line between the two CPUs, before and after.
+    pub ping_pong_ns: Vec<f64>,
+    /// One a path and load.
+    pub rows: Vec<Row>,
+    /// Rows that could not run: what and why.
+    pub errors: Vec<String>,
+}
+
+/// Where the figures come from.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Machine {
+    /// `uname -r`.
+    pub kernel: String,
+    /// Model name of the first CPU.
+    pub cpu: String,
+    /// CPUs allowed.
+    pub cpus: usize,
+    /// Devices of the path.
+    pub device: String,
+}
+
+/// One path's figures.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// Path or baseline.
+    pub path: String,
+    /// Engine.
+    pub engine: String,
+    /// Wait strategy, for the relay's own rows.
+    pub wait: String,
+    /// Bytes of payload.
+    pub payload: u16,
+    /// Outputs.
+    pub fanout: u32,
+    /// Relays in a row.
+    pub hops: u32,
+    /// Median of the offered rates.
+    pub offered_pps: f64,
+    /// Median of the delivered rates, all outputs together.
+    pub delivered_pps: f64,
+    /// Share of what should have been delivered that was not, median.
+    pub loss: f64,
+    /// Packets lost; for a paced run exact.
+    pub lost_packets: u64,
+    /// Packets sent; for a paced run exact.
+    pub sent_packets: u64,
+    /// Latency: `None` where it was not measured.
+    pub p50_us: Option<f64>,
+    /// The same.
+    pub p99_us: Option<f64>,
+    /// The same.
+    pub p999_us: Option<f64>,
+    /// Runs behind the median.
+    pub median_of: u32,
+    /// Least delivered rate.
+    pub min: f64,
+    /// Greatest delivered rate.
+    pub max: f64,
+    /// Delivered, against row `packet` of the same fan-out and payload; `None` without it.
+    pub ratio_to_packet: Option<f64>,
+    /// Involuntary switches of the relay's worker, a second, worst run.
+    pub preemptions_per_second: f64,
+    /// That is too many for the figure to be trusted.
+    pub preempted: bool,
+    /// The generator may have been the limit: the ratio is a lower bound.
+    pub source_bound: bool,
+    /// Packets dropped between the relay and the sink.
+    pub sink_drops: u64,
+    /// A run's window was not covered by the generator, or the sink lost packets: no figure at all.
+    pub void: bool,
+}
+
+/// Medians of one row; `None` where no run succeeded. `ceiling`: the generator's, for a flat-out run.
+pub(super) fn row(case: &Case, wait: &str, runs: &[Run], ceiling: Option<f64>) -> Option<Row> {
+    let runs: Vec<&Run> = runs.iter().filter(|run| run.case == *case).collect();
+    let delivered = sorted(runs.iter().map(|run| run.window.delivered_pps()));
+    let offered = median(&sorted(runs.iter().map(|run| run.window.offered_pps())))?;
+    let middle = median(&delivered)?;
+    let fanout = u64::from(case.fanout);
+    let wanted = |run: &Run| (run.window.offered * fanout).max(1);
+    let loss = median(&sorted(runs.iter().map(|run| 1.0 - run.window.delivered as f64 / wanted(run) as f64)))?.max(0.0);
+    let inputs = middle / fanout as f64;
+    let switches = runs.iter().map(|run| run.preemptions as f64 / run.window.seconds.max(1e-9)).fold(0.0, f64::max);
+    Some(Row {
+        path: case.arm.name().into(),
+        engine: case.arm.engine().into(),
+        wait: if case.arm.is_relay() { wait.into() } else { String::new() },
+        payload: case.payload,
+        fanout: u32::from(case.fanout),
+        hops: 1,
+        offered_pps: offered,
+        delivered_pps: middle,
+        loss,
+        lost_packets: runs.iter().map(|run| (run.window.offered * fanout).saturating_sub(run.window.delivered)).sum(),
+        sent_packets: runs.iter().map(|run| run.window.offered).sum(),
+        median_of: u32::try_from(runs.len()).unwrap_or(0),
+        min: delivered.first().copied()?,
+        max: delivered.last().copied()?,
+        preemptions_per_second: switches,
+        preempted: switches > PREEMPTED_PER_SECOND,
+        source_bound: ceiling.is_some_and(|ceiling| inputs > CEILING_MARGIN * ceiling || inputs > KEPT_UP * offered),
+        sink_drops: runs.iter().map(|run| run.window.sink_drops).sum(),
+        void: runs.iter().any(|run| !run.window.covered || run.window.sink_drops as f64 > SINK_SHARE * run.window.delivered as f64),
+        ..Row::default()
+    })
+}
+
+fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values
+}
+
+fn median(sorted: &[f64]) -> Option<f64> {
+    let upper = *sorted.get(sorted.len() / 2)?;
+    let lower = *sorted.get(sorted.len().saturating_sub(1) / 2)?;
+    Some(f64::midpoint(lower, upper))
+}
+
+/// Against the baseline under the same load.
+pub(super) fn set_ratios(rows: &mut [Row]) {
+    let load = |row: &Row| (row.fanout, row.payload);
+    let baselines: Vec<_> = rows.iter().filter(|row| row.path == Arm::Packet.name()).map(|row| (load(row), row.delivered_pps)).collect();
+    for row in rows {
+        let baseline = baselines.iter().find(|(of, pps)| *of == load(row) && *pps > 0.0);
+        row.ratio_to_packet = baseline.map(|(_, pps)| row.delivered_pps / pps);
+    }
+}
+
+/// Kernel and CPU, read from the running system.
+pub fn machine() -> Machine {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = info.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default();
+    Machine {
+        kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().into(),
+        cpu: model.trim_start_matches(['\t', ' ', ':']).into(),
+        cpus: clock::allowed_cpus().len(),
+        device: "veth".into(),
+    }
+}
+
+/// The report as a table.
+pub fn table(report: &Report) -> String {
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header(["path", "engine", "payload", "fan-out", "delivered pps", "min", "max", "× packet", "offered pps", "loss", "notes"]);
+    for row in &report.rows {
+        table.add_row([
+            row.path.clone(),
+            row.engine.clone(),
+            row.payload.to_string(),
+            format!("1:{}", row.fanout),
+            format!("{:.0}", row.delivered_pps),
+            format!("{:.0}", row.min),
+            format!("{:.0}", row.max),
+            row.ratio_to_packet.map_or("-".into(), |ratio| format!("{ratio:.2}")),
+            format!("{:.0}", row.offered_pps),
+            format!("{:.3} %", row.loss * 100.0),
+            notes(row),
+        ]);
+    }
+    format!(
+        "{table}\ngenerator's ceiling {:.0} pps (XDP_DROP); {GROUP} → {REWRITTEN}; {}",
+        report.generator_ceiling_pps,
+        conditions(report)
+    )
+}
+
+/// Ping-pong and machine.
+fn conditions(report: &Report) -> String {
+    let worst = report.ping_pong_ns.iter().copied().fold(0.0, f64::max);
+    let slow = if worst > SLOW_PING_PONG_NS { " (slow state: absolute figures are not comparable)" } else { "" };
+    let ping_pong: Vec<String> = report.ping_pong_ns.iter().map(|ns| format!("{ns:.0}")).collect();
+    let Machine { kernel, cpu, cpus, device } = &report.machine;
+    format!("ping-pong {} ns{slow}\n{cpu} · {kernel} · {cpus} CPUs · {device}", ping_pong.join("/"))
+}
+
+fn notes(row: &Row) -> String {
+    let mut notes = Vec::new();
+    if row.void {
+        notes.push("void".to_owned());
+    }
+    if row.sink_drops > 0 {
+        notes.push(format!("sink dropped {}", row.sink_drops));
+    }
+    if row.source_bound {
+        notes.push("source_bound".into());
+    }
+    if row.preempted {
+        notes.push(format!("preempted {:.0}/s", row.preemptions_per_second));
+    }
+    notes.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lab::generator::Window;
+
+    const fn case(arm: Arm, fanout: u16) -> Case {
+        Case { arm, fanout, payload: 64 }
+    }
+
+    fn run(case: Case, offered: u64, delivered: u64) -> Run {
+        Run { case, window: Window { offered, delivered, seconds: 1.0, sink_drops: 0, covered: true }, preemptions: 0 }
+    }
+
+    fn rows(cases: &[Case], runs: &[Run]) -> Vec<Row> {
+        let mut rows: Vec<Row> = cases.iter().filter_map(|case| row(case, "spin", runs, Some(5_000.0))).collect();
+        set_ratios(&mut rows);
+        rows
+    }
+
+    #[test]
+    fn rows_are_medians_and_ratios() {
+        let [xsk, packet, sockets, redirect] = [Arm::Xsk, Arm::Packet, Arm::Sockets, Arm::Redirect].map(|arm| case(arm, 1));
+        let runs = [
+            run(xsk, 4_000, 1_000),
+            run(packet, 4_000, 400),
+            run(xsk, 4_000, 1_200),
+            run(packet, 4_000, 500),
+            run(xsk, 4_000, 900),
+            run(packet, 4_000, 600),
+            run(redirect, 3_000, 3_000),
+        ];
+        let rows = rows(&[xsk, packet, sockets, redirect], &runs);
+        assert_eq!(
+            rows.iter().map(|r| r.path.as_str()).collect::<Vec<_>>(),
+            ["xsk", "packet", "redirect"],
+            "a row without a run is left out"
+        );
+        assert_eq!((rows[0].delivered_pps, rows[0].min, rows[0].max, rows[0].median_of), (1_000.0, 900.0, 1_200.0, 3));
+        assert_eq!(rows[0].ratio_to_packet, Some(2.0));
+        assert!(!rows[0].source_bound && rows[2].source_bound);
+        assert_eq!((rows[0].wait.as_str(), rows[2].wait.as_str()), ("spin", ""));
+        assert_eq!(median(&[1.0, 2.0]), Some(1.5));
+        assert_eq!(median(&[]), None);
+    }
+
+    #[test]
+    fn a_ratio_compares_the_same_load() {
+        let cases = [case(Arm::Xsk, 1), case(Arm::Packet, 1), case(Arm::Xsk, 16), case(Arm::Packet, 16), case(Arm::Xsk, 4)];
+        let big = Case { payload: 1400, ..case(Arm::Xsk, 1) };
+        let runs = [
+            run(cases[0], 900, 800),
+            run(cases[1], 900, 400),
+            run(cases[2], 100, 1_200),
+            run(cases[3], 100, 400),
+            run(cases[4], 100, 400),
+            run(big, 900, 500),
+        ];
+        let rows = rows(&[&cases[..], &[big]].concat(), &runs);
+        let ratios: Vec<_> = rows.iter().map(|row| row.ratio_to_packet).collect();
+        assert_eq!(ratios, [Some(2.0), Some(1.0), Some(3.0), Some(1.0), None, None], "no baseline, no ratio");
+        assert_eq!((rows[2].loss, rows[2].lost_packets), (0.25, 400), "1,200 of 1,600 came");
+        assert!(rows[4].source_bound, "every packet that was offered came out of every output");
+        let text = table(&Report { rows, ping_pong_ns: vec![70.0, 300.0], ..Report::default() });
+        for part in ["1:16", "1400", "fan-out", "3.00", "ping-pong 70/300 ns (slow state"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+    }
+
+    #[test]
+    fn what_the_sink_lost_voids_a_row() {
+        let of = case(Arm::Kernel, 1);
+        let mut lossy = run(of, 4_000, 2_000);
+        lossy.window.sink_drops = 3;
+        assert!(rows(&[of], &[run(of, 4_000, 2_000), lossy])[0].void);
+        lossy.window.sink_drops = 1;
+        assert!(!rows(&[of], &[lossy])[0].void);
+    }
+}

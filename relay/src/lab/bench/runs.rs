@@ -1,0 +1,115 @@
+//! One run of one row: start the arm, load it, count what arrives. Flat out in rounds, or at a pace.
+//!
+//! Must never judge: what a run is worth stands in `report`.
+
+use super::Load;
+use crate::lab::arms::{Arm, Running};
+use crate::lab::error::Result;
+use crate::lab::generator::{Generator, Sink, Window, sink_drops};
+use crate::lab::topology::Lab;
+use std::time::Duration;
+
+/// After the last packet of a paced run: what is still in rings and queues arrives.
+const SETTLE: Duration = Duration::from_millis(300);
+
+/// What a row is: an arm under one kind of load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Case {
+    /// Path or baseline.
+    pub(super) arm: Arm,
+    /// Outputs of the rule.
+    pub(super) fanout: u16,
+    /// Bytes of payload.
+    pub(super) payload: u16,
+}
+
+impl Case {
+    /// In messages.
+    pub(super) fn name(&self) -> String {
+        format!("{} 1:{}, {} bytes", self.arm.name(), self.fanout, self.payload)
+    }
+}
+
+/// One run of one row.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Run {
+    /// Of which row.
+    pub(super) case: Case,
+    /// What passed.
+    pub(super) window: Window,
+    /// Involuntary switches of what carries the packets.
+    pub(super) preemptions: u64,
+}
+
+/// A B C, A B C: a change of the machine's state hits all rows alike. A row that fails once is not tried again.
+pub(super) fn flat_out(lab: &Lab, generator: &mut Generator, cases: &[Case], load: &Load, errors: &mut Vec<String>) -> Vec<Run> {
+    let mut runs = Vec::new();
+    let mut broken = Vec::new();
+    for round in 1..=load.rounds {
+        for case in cases {
+            if broken.contains(case) {
+                continue;
+            }
+            eprintln!("round {round}/{}: {}", load.rounds, case.name());
+            match flat_out_once(lab, generator, case, load) {
+                Ok(run) => runs.push(run),
+                Err(error) => {
+                    broken.push(*case);
+                    errors.push(format!("row {}: {error}", case.name()));
+                }
+            }
+        }
+    }
+    runs
+}
+
+fn flat_out_once(lab: &Lab, generator: &mut Generator, case: &Case, load: &Load) -> Result<Run> {
+    generator.set_payload(usize::from(case.payload))?;
+    let sink = sink(lab, case)?;
+    let running = start(lab, case, load)?;
+    let before = running.preemptions().unwrap_or(0);
+    let window = generator.window(lab, load.place.generator_cpu, &sink, load.duration)?;
+    Ok(Run { case: *case, window, preemptions: running.preemptions().unwrap_or(before) - before })
+}
+
+/// One paced run a row: every packet is counted in and out.
+pub(super) fn paced(lab: &Lab, generator: &mut Generator, cases: &[Case], load: &Load, rate: u64, errors: &mut Vec<String>) -> Vec<Run> {
+    let mut runs = Vec::new();
+    for case in cases {
+        eprintln!("{}: {rate} packets a second for {:?}", case.name(), load.duration);
+        match paced_once(lab, generator, case, load, rate) {
+            Ok(run) => runs.push(run),
+            Err(error) => errors.push(format!("row {}: {error}", case.name())),
+        }
+    }
+    runs
+}
+
+fn paced_once(lab: &Lab, generator: &mut Generator, case: &Case, load: &Load, rate: u64) -> Result<Run> {
+    generator.set_payload(usize::from(case.payload))?;
+    let sink = sink(lab, case)?;
+    let running = start(lab, case, load)?;
+    let (switches, before) = (running.preemptions().unwrap_or(0), sink.count()?);
+    let drops = sink_drops(lab)?;
+    let sent = generator.paced(lab, load.place.generator_cpu, rate, load.duration)?;
+    std::thread::sleep(SETTLE);
+    let window = Window {
+        offered: sent,
+        delivered: sink.count()? - before,
+        seconds: load.duration.as_secs_f64(),
+        sink_drops: sink_drops(lab)? - drops,
+        covered: true,
+    };
+    Ok(Run { case: *case, window, preemptions: running.preemptions().unwrap_or(switches) - switches })
+}
+
+/// The cheapest end for what the arm sends, so that the arm is what is measured.
+fn sink<'a>(lab: &'a Lab, case: &Case) -> Result<Sink<'a>> {
+    if case.arm.sends_frames() { Sink::at_link(lab, 1) } else { Sink::of_stack(lab, 1, usize::from(case.payload)) }
+}
+
+fn start(lab: &Lab, case: &Case, load: &Load) -> Result<Running> {
+    let program = super::program(load.place.program.as_ref())?;
+    let extra = ["--pipeline", "fused", "--wait", &load.place.wait];
+    Running::start_fanout(lab, case.arm, case.fanout, &program, Some(load.place.cpus), &extra)
+}

@@ -1,0 +1,46 @@
+//! `relay bench` as a script sees it: the documented fields, one row a case, figures that fit together. Never how large they are.
+#![expect(clippy::unwrap_used, reason = "a test that cannot set up its world has failed")]
+
+use relay::lab::clock;
+use relay_tests::{needs_root, paths, relay_bin};
+use serde_json::Value;
+use std::process::Command;
+
+/// `relay bench ARGUMENTS --json` on the CPUs there are.
+fn bench(arguments: &str) -> Value {
+    let allowed = clock::allowed_cpus();
+    let [first, last] = [allowed[0], allowed[allowed.len() - 1]].map(|cpu| cpu.to_string());
+    let mut command = Command::new(relay_bin().unwrap());
+    command.arg("bench").args(arguments.split(' ')).args(["--generator-cpu", &first, "--cpus", &last, "--json"]);
+    let output = command.env_remove("RUST_LOG").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "bench {arguments}: {}: {said}", output.status);
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// A row of each path at each fan-out, compared with the baseline at the same fan-out.
+#[test]
+fn fanout_has_a_row_a_case() {
+    needs_root!();
+    let _turn = paths::turn();
+    let report = bench("fanout --rows xsk,packet --fanout 1,3 --rounds 1 --duration 300ms");
+    for key in ["machine", "generator_ceiling_pps", "preempted", "rows"] {
+        assert!(!report[key].is_null(), "{key}: {report}");
+    }
+    let rows = report["rows"].as_array().unwrap();
+    let cases: Vec<_> = rows.iter().map(|row| (row["path"].as_str().unwrap(), row["fanout"].as_u64().unwrap())).collect();
+    assert_eq!(cases, [("xsk", 1), ("packet", 1), ("xsk", 3), ("packet", 3)]);
+    for row in rows {
+        for key in ["path", "engine", "payload", "fanout", "hops", "offered_pps", "delivered_pps", "loss", "median_of", "min", "max"] {
+            assert!(!row[key].is_null(), "{key}: {row}");
+        }
+        for key in ["p50_us", "p99_us", "p999_us"] {
+            assert!(row.get(key).is_some_and(Value::is_null), "{key} is there, and not measured: {row}");
+        }
+        let [delivered, min, max] = ["delivered_pps", "min", "max"].map(|key| row[key].as_f64().unwrap());
+        assert!(delivered > 0.0 && min <= delivered && delivered <= max, "{row}");
+        let baseline = &rows.iter().find(|other| other["path"] == "packet" && other["fanout"] == row["fanout"]).unwrap()["delivered_pps"];
+        let ratio = delivered / baseline.as_f64().unwrap();
+        assert!((row["ratio_to_packet"].as_f64().unwrap() - ratio).abs() < 1e-6, "{row}");
+    }
+}
