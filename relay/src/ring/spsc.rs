@@ -6,6 +6,10 @@
 //! [`Consumer::release`]; what a dead side had not published or released never happened, and its successor
 //! ([`Producer::attach`]) goes on from the indices in memory.
 //!
+//! A consumer that has nothing asks for the next slot's line together with the index's, so that a message that arrives costs
+//! one trip between the caches and not two after each other: a round trip took 480 ns instead of 575, against 310 of two bare
+//! lines. (Asking for the producer's next lines to write them lost: batches of one took three times as long.)
+//!
 //! The peer is untrusted: an index that claims more than `capacity` filled slots is counted (`invalid_peer`) and ignored.
 //! Must never wait, allocate or make a system call.
 #![expect(
@@ -118,6 +122,19 @@ impl<T: Pod> View<T> {
             return Ok((producer, consumer));
         }
         Err(RingError::Indices { producer, consumer, capacity: self.capacity })
+    }
+
+    /// Asks for the line of a slot that may still be the producer's: what comes back is never looked at.
+    #[inline]
+    fn prefetch(&self, index: u32) {
+        #[cfg(all(target_arch = "x86_64", not(loom)))]
+        self.cell(index).with(|slot| {
+            use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            // SAFETY: a prefetch is a hint; it loads into no register and faults on no address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(slot.cast()) }
+        });
+        #[cfg(not(all(target_arch = "x86_64", not(loom))))]
+        let _ = index;
     }
 
     /// `len` slots from `index` on as (address, length) of the part before the array's end and the part after it.
@@ -361,6 +378,9 @@ impl<T: Pod> Consumer<T> {
     }
 
     fn refresh(&mut self) {
+        if self.known() == 0 {
+            self.view.prefetch(self.released);
+        }
         let producer = self.view.producer().load(Ordering::Acquire);
         if cursor::filled(producer, self.released) > self.view.capacity {
             self.invalid_peer += 1;
