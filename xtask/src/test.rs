@@ -88,7 +88,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             println!("xtask: {}: once more what has failed: {}", step.name, failed.join(", "));
             let mut again = Report::default();
             run_step(step, args, &failed, &mut again)?;
-            report.forgive(&again);
+            report.forgive(failed_before, &again);
         }
     }
     println!("\nxtask: all of it took {} s", start.elapsed().as_secs());

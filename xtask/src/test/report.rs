@@ -125,11 +125,13 @@ impl Report {
         self.failed.get(count..).unwrap_or_default().to_vec()
     }
 
-    /// Takes the failures back that have passed in a second run. What was not run again, or failed again, stays a failure.
-    pub(super) fn forgive(&mut self, again: &Self) {
+    /// Takes the failures after the first `count` back that have passed in a second run. What was not run again, or failed again,
+    /// stays a failure, and so does what failed in another step under the same name.
+    pub(super) fn forgive(&mut self, count: usize, again: &Self) {
         let passed = |name: &String| again.outcomes.get(name).is_some_and(|word| word == "passed") && !again.failed.contains(name);
-        let (mut unsteady, failed): (Vec<_>, Vec<_>) = std::mem::take(&mut self.failed).into_iter().partition(passed);
-        self.failed = failed;
+        let since = self.failed.split_off(count.min(self.failed.len()));
+        let (mut unsteady, failed): (Vec<_>, Vec<_>) = since.into_iter().partition(passed);
+        self.failed.extend(failed);
         self.passed += unsteady.len();
         self.outcomes.extend(unsteady.iter().map(|name| (name.clone(), "passed".to_owned())));
         self.unsteady.append(&mut unsteady);
@@ -271,24 +273,27 @@ test result: FAILED. 2 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; 
         let again = OUTPUT.replace("a::three ... FAILED", "a::three ... ok");
         let again = again.split("failures:").next().unwrap_or_default();
         let mut report = read(OUTPUT);
-        report.forgive(&read(again));
+        report.forgive(0, &read(again));
         let text = report.to_string();
         assert!(text.contains("unsteady: a::three: failed, and passed when it was run again\n"), "{text}");
         assert!(text.ends_with("2 passed, 0 failed, 3 skipped\n") && report.passes(), "{text}");
         assert!(report.outcomes().contains("a::three\tpassed\n"));
         for second in [OUTPUT, "test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured"] {
             let mut report = read(OUTPUT);
-            report.forgive(&read(second));
+            report.forgive(0, &read(second));
             assert_eq!((report.failed_since(0), report.passes()), (vec!["a::three".to_owned()], false));
         }
         assert!(report.failed_since(7).is_empty());
+        let mut report = read(OUTPUT);
+        report.forgive(1, &read(again));
+        assert_eq!(report.failed_since(0), ["a::three"], "a failure of an earlier step is not the second run's to forgive");
     }
 
     #[test]
     fn a_program_that_dies_is_not_forgiven() {
         let mut report = read("running 2 tests\ntest a ... ok\nrunning 1 test\ntest b ... ok\n");
         report.end_of_step();
-        report.forgive(&read("test a ... ok\ntest b ... ok\n"));
+        report.forgive(0, &read("test a ... ok\ntest b ... ok\n"));
         assert_eq!((report.failed_count(), report.passes()), (2, false));
     }
 
