@@ -183,7 +183,7 @@ fn look(context: &Context) -> Result<Look, Failure> {
 }
 
 fn total(counters: &BTreeMap<String, u64>) -> u64 {
-    counters.values().sum()
+    counters.values().copied().fold(0, u64::saturating_add)
 }
 
 /// Rates of all rules that the filter lets through, sorted.
@@ -232,7 +232,8 @@ fn rates_of(screen: &Screen, rule: &crate::control::message::RuleStats, info: &R
 fn dropped(rule: &crate::control::message::RuleStats) -> BTreeMap<String, u64> {
     let mut sum = rule.drops.clone();
     for (reason, count) in rule.outputs.iter().flat_map(|output| &output.drops) {
-        *sum.entry(reason.clone()).or_default() += count;
+        let total = sum.entry(reason.clone()).or_default();
+        *total = total.saturating_add(*count);
     }
     sum
 }

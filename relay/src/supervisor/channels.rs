@@ -104,7 +104,9 @@ impl Supervisor {
         let page = &slot.status;
         let known = self.published.rules.iter().filter(|rule| page.rule_serials.get(rule.record.slot as usize) == rule.record.serial);
         let outputs = known.flat_map(|rule| &rule.outputs).filter(|output| output.port == port);
-        outputs.map(|output| page.ingress.get(output_drop(output.slot as usize, OutputDropReason::EgressFull) as usize).packets).sum()
+        outputs
+            .map(|output| page.ingress.get(output_drop(output.slot as usize, OutputDropReason::EgressFull) as usize).packets)
+            .fold(0, u64::saturating_add)
     }
 
     /// Epochs published, and the one the worker has taken.

@@ -55,9 +55,18 @@ const fn of_kernel(value: CounterValue) -> Counter {
     Counter { packets: value.packets, bytes: value.bytes }
 }
 
+/// What a worker has counted is what stands in memory that it may write: no sum of it may overflow.
+fn more(total: &mut u64, by: u64) {
+    *total = total.saturating_add(by);
+}
+
+fn total(numbers: impl Iterator<Item = u64>) -> u64 {
+    numbers.fold(0, u64::saturating_add)
+}
+
 fn add(map: &mut BTreeMap<String, u64>, name: &str, packets: u64) {
     if packets > 0 {
-        *map.entry(name.to_string()).or_default() += packets;
+        more(map.entry(name.to_string()).or_default(), packets);
     }
 }
 
@@ -99,8 +108,8 @@ impl Supervisor {
                 "up"
             }
             .into(),
-            refused: sends.iter().map(|report| report.refused).sum::<u64>() + self.refused_redirects(number),
-            kick_errors: sends.iter().map(|report| report.kick_errors).sum(),
+            refused: total(sends.iter().map(|report| report.refused)).saturating_add(self.refused_redirects(number)),
+            kick_errors: total(sends.iter().map(|report| report.kick_errors)),
             link: match () {
                 () if !port.is_live() => "missing",
                 () if !port.facts.up => "down",
@@ -218,8 +227,8 @@ impl Supervisor {
         let stats = self.rule_stats(rule, drops)?;
         let outputs = rule.outputs.iter().zip(&stats.outputs).filter(|(output, _)| output.ttl == Ttl::Dec);
         Some(outputs.fold(Sight::default(), |sum, (_, output)| Sight {
-            sent: sum.sent + output.tx_packets,
-            expired: sum.expired + output.drops.get(OutputDropReason::TtlExpired.name()).copied().unwrap_or(0),
+            sent: sum.sent.saturating_add(output.tx_packets),
+            expired: sum.expired.saturating_add(output.drops.get(OutputDropReason::TtlExpired.name()).copied().unwrap_or(0)),
         }))
     }
 
@@ -258,15 +267,15 @@ impl Supervisor {
         }
         for output in rules.iter().flat_map(|rule| &rule.outputs) {
             if let Some(entry) = interfaces.get_mut(&output.egress) {
-                entry.tx_packets += output.tx_packets;
-                entry.tx_bytes += output.tx_bytes;
+                more(&mut entry.tx_packets, output.tx_packets);
+                more(&mut entry.tx_bytes, output.tx_bytes);
             }
         }
         for (name, [rx_packets, _, tx_packets, tx_bytes]) in &self.retired {
             if let Some(entry) = interfaces.get_mut(name) {
-                entry.retired += rx_packets;
-                entry.tx_packets += tx_packets;
-                entry.tx_bytes += tx_bytes;
+                more(&mut entry.retired, *rx_packets);
+                more(&mut entry.tx_packets, *tx_packets);
+                more(&mut entry.tx_bytes, *tx_bytes);
             }
         }
         Stats { interfaces: interfaces.into_values().collect(), rules, frames: self.frames() }
@@ -285,7 +294,7 @@ impl Supervisor {
                 }
                 // Never reached a worker, so the worker's own count lacks it.
                 DropReason::FillEmpty | DropReason::RxRingFull | DropReason::TooBig => {
-                    taken += packets;
+                    more(&mut taken, packets);
                     add(&mut entry.drops, reason.name(), packets);
                 }
                 _ => add(&mut entry.drops, reason.name(), packets),
@@ -294,19 +303,19 @@ impl Supervisor {
         if port.way == Way::Xsk && port.ingress {
             for (reason, packets) in [DropReason::FillEmpty, DropReason::RxRingFull].into_iter().zip(port.past_drops) {
                 add(&mut entry.drops, reason.name(), packets);
-                taken += packets;
+                more(&mut taken, packets);
             }
             for statistics in port.sockets.iter().filter(|_| !port.retired).filter_map(|sockets| xdp::statistics(&sockets.receive).ok()) {
                 add(&mut entry.drops, DropReason::FillEmpty.name(), statistics.rx_dropped);
                 add(&mut entry.drops, DropReason::RxRingFull.name(), statistics.rx_ring_full);
-                taken += statistics.rx_dropped + statistics.rx_ring_full;
+                more(&mut taken, statistics.rx_dropped + statistics.rx_ring_full);
             }
             let carried = self.add_passed(entry, number);
-            taken += carried.packets;
-            bytes += carried.bytes;
+            more(&mut taken, carried.packets);
+            more(&mut bytes, carried.bytes);
         }
-        entry.rx_packets += taken;
-        entry.rx_bytes += bytes;
+        more(&mut entry.rx_packets, taken);
+        more(&mut entry.rx_bytes, bytes);
     }
 
     /// Adds what XDP left to the kernel's stack; what the kernel path took.
@@ -391,17 +400,17 @@ impl Supervisor {
     fn frames(&self) -> FrameStats {
         let all = self.fleet.slots.iter().filter_map(|slot| slot.frames());
         all.fold(FrameStats::default(), |a, b| FrameStats {
-            total: a.total + b.total,
-            free: a.free + b.free,
-            fill: a.fill + b.fill,
-            rx: a.rx + b.rx,
-            egress: a.egress + b.egress,
-            returning: a.returning + b.returning,
-            tx: a.tx + b.tx,
-            completion: a.completion + b.completion,
-            hand: a.hand + b.hand,
-            kernel: a.kernel + b.kernel,
-            lost_invalid: a.lost_invalid + b.lost_invalid,
+            total: a.total.saturating_add(b.total),
+            free: a.free.saturating_add(b.free),
+            fill: a.fill.saturating_add(b.fill),
+            rx: a.rx.saturating_add(b.rx),
+            egress: a.egress.saturating_add(b.egress),
+            returning: a.returning.saturating_add(b.returning),
+            tx: a.tx.saturating_add(b.tx),
+            completion: a.completion.saturating_add(b.completion),
+            hand: a.hand.saturating_add(b.hand),
+            kernel: a.kernel.saturating_add(b.kernel),
+            lost_invalid: a.lost_invalid.saturating_add(b.lost_invalid),
         })
     }
 
@@ -422,12 +431,12 @@ impl Supervisor {
         for rule in gone {
             let Some(stats) = self.rule_stats(&rule, &drops) else { continue };
             let entry = self.retired.entry(rule.ingress.clone()).or_default();
-            entry[0] += stats.rx_packets;
-            entry[1] += stats.rx_bytes;
+            more(&mut entry[0], stats.rx_packets);
+            more(&mut entry[1], stats.rx_bytes);
             for output in stats.outputs {
                 let entry = self.retired.entry(output.egress).or_default();
-                entry[2] += output.tx_packets;
-                entry[3] += output.tx_bytes;
+                more(&mut entry[2], output.tx_packets);
+                more(&mut entry[3], output.tx_bytes);
             }
         }
     }

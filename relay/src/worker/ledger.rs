@@ -56,7 +56,7 @@ impl Ledger {
         let depth = |[producer, consumer]: &[SharedWord; 2]| filled(producer.load(Acquire), consumer.load(Acquire));
         let indices: Vec<[RingIndices; 2]> = self.ports.iter().map(PortLedger::indices).collect();
         let users = indices.iter().flatten().flat_map(|i| [i.user, i.back_user]).collect();
-        let egress = self.rings.iter().map(depth).sum();
+        let egress = self.rings.iter().map(depth).fold(0, u32::saturating_add);
         (Look { pool: self.pool.load(Acquire), egress, returning: depth(&self.returns), users }, indices)
     }
 
@@ -76,18 +76,20 @@ impl Ledger {
     fn stats(&self, look: &Look, indices: &[[RingIndices; 2]]) -> FrameStats {
         let mut sum = PortFrames::default();
         for port in indices.iter().map(|indices| PortLedger::places(*indices)) {
-            sum.fill += port.fill;
-            sum.rx += port.rx;
-            sum.tx += port.tx;
-            sum.completion += port.completion;
-            sum.kernel += port.kernel;
+            sum.fill = sum.fill.saturating_add(port.fill);
+            sum.rx = sum.rx.saturating_add(port.rx);
+            sum.tx = sum.tx.saturating_add(port.tx);
+            sum.completion = sum.completion.saturating_add(port.completion);
+            sum.kernel = sum.kernel.saturating_add(port.kernel);
         }
         let count = |map: &SharedArray<u8>| (0..map.len()).filter(|frame| map.get(*frame) != 0).count() as u32;
         let [receivers, senders] = &self.held;
-        sum.fill += count(receivers);
-        sum.kernel += count(senders);
+        sum.fill = sum.fill.saturating_add(count(receivers));
+        sum.kernel = sum.kernel.saturating_add(count(senders));
         let lost = self.lost.load(Acquire);
-        let placed = look.pool + sum.fill + sum.rx + look.egress + look.returning + sum.tx + sum.completion + sum.kernel + lost;
+        // Whatever a worker has written there: no sum of it may overflow.
+        let places = [look.pool, sum.fill, sum.rx, look.egress, look.returning, sum.tx, sum.completion, sum.kernel, lost];
+        let placed = places.into_iter().fold(0, u32::saturating_add);
         FrameStats {
             total: u64::from(self.total),
             free: u64::from(look.pool),
