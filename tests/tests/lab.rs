@@ -30,6 +30,24 @@ fn plain_sockets_relay_every_datagram() {
     assert_eq!(report.ttls.into_iter().collect::<Vec<_>>(), [TTL]);
 }
 
+/// The bare AF_XDP loop carries verified traffic: what it is compared with does the same work.
+#[cfg(feature = "peers")]
+#[test]
+fn the_bare_loop_relays_every_datagram() {
+    needs_root!();
+    let lab = Lab::simple().unwrap();
+    let relay = relay::lab::xsk_loop::XskLoop::start(&lab.relay, "r0", "r1", REWRITTEN, None).unwrap();
+    let listener = Listener::on(lab.sink(1), "k1", &REWRITTEN.to_string(), Some(5_000)).unwrap();
+    // Not by UDP sockets: the loop adjusts checksums, and theirs are not complete.
+    let mut args = send_args("s0", &GROUP.to_string(), 20_000, 5_000).unwrap();
+    args.backend = relay::lab::send::Backend::Xsk;
+    let sent = send(&lab, &args).unwrap();
+    let report = listener.wait().unwrap();
+    assert_eq!((sent.sent, report.verdict, report.distinct), (5_000, Verdict::Pass, 5_000), "{report:?}");
+    assert_eq!(report.ttls.into_iter().collect::<Vec<_>>(), [TTL]);
+    assert_eq!(relay.relayed(), 5_000);
+}
+
 /// A receiver that misses datagrams, sees some twice or hears a stranger says so.
 #[test]
 fn a_receiver_fails_what_is_not_whole() {

@@ -1,12 +1,17 @@
 //! The things that are compared: the relay by path, and the baselines, each started and stopped the same way.
 //!
-//! All of them carry 239.1.1.1:5000 from `r0` to 239.9.9.9:6000 on `r1`; the bare redirect changes nothing in the packet.
+//! All of them carry 239.1.1.1:5000 from `r0` to 239.9.9.9:6000 on `r1`; the bare redirect and
+//! kernel routing leave its addresses alone.
 
 use super::error::{LabError, Result};
+use super::netns::Namespace;
+use super::peers::{Peer, Program};
 use super::process::RelayProcess;
 use super::sockets_relay::{Route, SocketsRelay};
 use super::topology::Lab;
 use super::xdp::LabProgram;
+#[cfg(feature = "peers")]
+use super::xsk_loop::XskLoop;
 use super::{clock, socket};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
@@ -29,13 +34,41 @@ pub enum Arm {
     Packet,
     /// The relay's devmap broadcast in the kernel.
     Kernel,
+    /// A bare AF_XDP forwarding loop with the same rewrite: what AF_XDP TX allows (feature `peers`).
+    #[value(name = "xsk_loop")]
+    XskLoop,
     /// Plain UDP sockets.
     Sockets,
+    /// socat, where it is installed.
+    Socat,
+    /// Kernel multicast routing, set up by smcroute, where it is installed; changes no address.
+    Smcroute,
     /// A bare XDP redirect: what the machine allows.
     Redirect,
 }
 
 impl Arm {
+    /// All of them, in the order of a table.
+    pub const ALL: [Self; 9] =
+        [Self::Kernel, Self::Xsk, Self::XskLoop, Self::Coalesce, Self::Packet, Self::Sockets, Self::Socat, Self::Smcroute, Self::Redirect];
+
+    /// What has to be there for it and is not.
+    pub fn missing(self) -> Option<&'static str> {
+        match self {
+            Self::XskLoop if cfg!(not(feature = "peers")) => Some("the feature `peers`"),
+            Self::Socat | Self::Smcroute => self.peer().filter(|peer| peer.find().is_none()).map(Program::command),
+            _ => None,
+        }
+    }
+
+    fn peer(self) -> Option<Program> {
+        match self {
+            Self::Socat => Some(Program::Socat),
+            Self::Smcroute => Some(Program::Smcroute),
+            _ => None,
+        }
+    }
+
     /// Its name in tables and JSON.
     pub fn name(self) -> &'static str {
         match self {
@@ -43,7 +76,10 @@ impl Arm {
             Self::Coalesce => "coalesce",
             Self::Packet => "packet",
             Self::Kernel => "kernel",
+            Self::XskLoop => "xsk_loop",
             Self::Sockets => "sockets",
+            Self::Socat => "socat",
+            Self::Smcroute => "smcroute",
             Self::Redirect => "redirect",
         }
     }
@@ -51,17 +87,19 @@ impl Arm {
     /// Its engine in JSON.
     pub fn engine(self) -> &'static str {
         match self {
-            Self::Xsk => "tx",
+            Self::Xsk | Self::XskLoop => "tx",
             Self::Coalesce => "coalesce",
             Self::Packet => "uring",
             Self::Kernel | Self::Redirect => "xdp",
             Self::Sockets => "mmsg",
+            Self::Socat => "send",
+            Self::Smcroute => "mroute",
         }
     }
 
     /// Whether what it sends carries the new destination.
     pub fn rewrites(self) -> bool {
-        self != Self::Redirect
+        !matches!(self, Self::Smcroute | Self::Redirect)
     }
 
     /// The path of its rule.
@@ -79,17 +117,28 @@ impl Arm {
         matches!(self, Self::Kernel | Self::Redirect)
     }
 
-    /// The rule, with path and engine named (DECISIONS: tests and figures); every output is rewritten differently.
-    fn rule(self, fanout: u16) -> String {
+    /// The rule, with path and engine named (DECISIONS: tests and figures).
+    fn rule(self, group: SocketAddr, outputs: &str) -> String {
         let engine = match self {
             Self::Xsk => " engine=tx",
             Self::Coalesce => " engine=coalesce",
             _ => "",
         };
-        let output = |n: u16| format!("r1 239.9.{}.{}:{} ttl=keep", 9 + n / 200, 9 + n % 200, 6000 + n);
-        let outputs: Vec<String> = (0..fanout).map(output).collect();
-        format!("r0 {GROUP} -> {}; id=lab path={}{engine}", outputs.join(", "), self.path())
+        format!("r0 {group} -> {outputs}; id=lab path={}{engine}", self.path())
     }
+}
+
+/// So many outputs out of `r1`, each rewritten differently.
+fn outputs(fanout: u16) -> String {
+    let output = |n: u16| format!("r1 239.9.{}.{}:{} ttl=keep", 9 + n / 200, 9 + n % 200, 6000 + n);
+    let outputs: Vec<String> = (0..fanout).map(output).collect();
+    outputs.join(", ")
+}
+
+/// What hop `n` of a chain takes, and hop `n - 1` sends; hop 0 takes [`GROUP`].
+fn hop_group(n: u32) -> SocketAddr {
+    let IpAddr::V4(first) = GROUP.ip() else { return GROUP };
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::from_bits(first.to_bits() + n)), GROUP.port())
 }
 
 /// A started arm; stops when dropped.
@@ -97,8 +146,13 @@ impl Arm {
 pub enum Running {
     /// `relay run`.
     Relay(Box<RelayProcess>),
+    /// The bare AF_XDP loop.
+    #[cfg(feature = "peers")]
+    XskLoop(XskLoop),
     /// The plain-socket relay.
     Sockets(SocketsRelay),
+    /// Somebody else's program.
+    Peer(Peer),
     /// The bare redirect.
     Redirect(LabProgram),
 }
@@ -113,13 +167,27 @@ impl Running {
     pub fn start_fanout(lab: &Lab, arm: Arm, fanout: u16, program: &Path, cpu: Option<usize>, extra: &[&str]) -> Result<Self> {
         match arm {
             _ if fanout > 1 && !arm.is_relay() => Err(LabError::Invalid(format!("{} has one output only", arm.name()))),
-            Arm::Xsk | Arm::Coalesce | Arm::Packet | Arm::Kernel => start_relay(lab, arm, &arm.rule(fanout), program, cpu, extra),
-            Arm::Sockets => {
-                let from = super::recv::Subscription { source: None, group: GROUP };
-                let route = Route { ingress: "r0".into(), from, egress: "r1".into(), to: REWRITTEN, ttl: TTL, cpu };
-                Ok(Self::Sockets(SocketsRelay::start(&lab.relay, &route)?))
+            Arm::Xsk | Arm::Coalesce | Arm::Packet | Arm::Kernel => {
+                start_relay(&lab.relay, arm, &arm.rule(GROUP, &outputs(fanout)), program, cpu, extra)
             }
+            #[cfg(feature = "peers")]
+            Arm::XskLoop => Ok(Self::XskLoop(XskLoop::start(&lab.relay, "r0", "r1", REWRITTEN, cpu)?)),
+            #[cfg(not(feature = "peers"))]
+            Arm::XskLoop => Err(LabError::Missing { tool: "the bare AF_XDP loop", remedy: "build with `--features peers`" }),
+            Arm::Socat => Ok(Self::Peer(Peer::start(&lab.relay, Program::Socat, cpu)?)),
+            Arm::Smcroute => Ok(Self::Peer(Peer::start(&lab.relay, Program::Smcroute, cpu)?)),
+            Arm::Sockets => start_sockets(&lab.relay, GROUP, REWRITTEN, cpu),
             Arm::Redirect => start_redirect(lab),
+        }
+    }
+
+    /// One relay of a chain ([`Lab::chain`]), hop 0 the first: each has one output, to the group the next one takes.
+    pub fn start_hop(lab: &Lab, hop: u32, arm: Arm, program: &Path, cpu: Option<usize>, extra: &[&str]) -> Result<Self> {
+        let (namespace, from, to) = (lab.hop(hop), hop_group(hop), hop_group(hop + 1));
+        match arm {
+            Arm::Sockets => start_sockets(namespace, from, to, cpu),
+            _ if arm.is_relay() => start_relay(namespace, arm, &arm.rule(from, &format!("r1 {to} ttl=keep")), program, cpu, extra),
+            _ => Err(LabError::Invalid(format!("{} has no place in a chain", arm.name()))),
         }
     }
 
@@ -130,7 +198,10 @@ impl Running {
                 let stats = relay.stats().ok()?;
                 stats["rules"].as_array()?.iter().map(|rule| rule["outputs"][0]["tx_packets"].as_u64()).sum()
             }
+            #[cfg(feature = "peers")]
+            Self::XskLoop(relay) => Some(relay.relayed()),
             Self::Sockets(relay) => Some(relay.relayed()),
+            Self::Peer(_) => None,
             Self::Redirect(program) => program.count().ok(),
         }
     }
@@ -139,22 +210,31 @@ impl Running {
     pub fn preemptions(&self) -> Option<u64> {
         match self {
             Self::Relay(relay) => Some(relay.worker_pids().ok()?.into_iter().map(clock::involuntary_switches).sum()),
+            #[cfg(feature = "peers")]
+            Self::XskLoop(relay) => Some(relay.preemptions()),
             Self::Sockets(relay) => Some(relay.preemptions()),
+            Self::Peer(peer) => Some(peer.preemptions()),
             Self::Redirect(_) => None,
         }
     }
 }
 
-fn start_relay(lab: &Lab, arm: Arm, rule: &str, program: &Path, cpu: Option<usize>, extra: &[&str]) -> Result<Running> {
+fn start_relay(namespace: &Namespace, arm: Arm, rule: &str, program: &Path, cpu: Option<usize>, extra: &[&str]) -> Result<Running> {
     let mut args = vec!["--backend", arm.path(), "--rule", rule];
     let cpus = cpu.map(|cpu| cpu.to_string());
     if let Some(cpus) = &cpus {
         args.extend(["--cpus", cpus]);
     }
     args.extend(extra);
-    let mut relay = RelayProcess::start(&lab.relay, program, &args)?;
+    let mut relay = RelayProcess::start(namespace, program, &args)?;
     relay.wait_ready()?;
     Ok(Running::Relay(Box::new(relay)))
+}
+
+fn start_sockets(namespace: &Namespace, group: SocketAddr, to: SocketAddr, cpu: Option<usize>) -> Result<Running> {
+    let from = super::recv::Subscription { source: None, group };
+    let route = Route { ingress: "r0".into(), from, egress: "r1".into(), to, ttl: TTL, cpu };
+    Ok(Running::Sockets(SocketsRelay::start(namespace, &route)?))
 }
 
 fn start_redirect(lab: &Lab) -> Result<Running> {

@@ -14,6 +14,7 @@ pub mod netns;
 pub mod pace;
 pub mod packet;
 pub mod payload;
+pub mod peers;
 pub mod process;
 pub mod recv;
 pub mod ringbench;
@@ -26,6 +27,8 @@ mod userns;
 pub mod xdp;
 #[cfg(feature = "peers")]
 pub mod xsk;
+#[cfg(feature = "peers")]
+pub mod xsk_loop;
 
 pub use error::LabError;
 pub use netns::Namespace;

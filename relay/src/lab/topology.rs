@@ -4,6 +4,7 @@
 //! src: s0 10.0.0.1 ── r0 10.0.0.2 :relay: r1 10.0.1.1 ── k1 10.0.1.2 :sink (shared, or one each)
 //!                                         rN 10.0.N.1 ── kN 10.0.N.2
 //! ```
+//! A chain has several relays: `s0 ── r0 relay r1 ── r0 relay2 r1 ── … ── k1`.
 //! IPv6 likewise: fd00::1, fd00::2, fd00:0:0:N::1, fd00:0:0:N::2. Checksum offload stays on, as on a real host: packets of local
 //! senders carry partial checksums. GRO is on everywhere, since only so a veth accepts redirected and XDP_TX packets (TRAPS).
 
@@ -35,8 +36,10 @@ impl Default for LabSpec {
 pub struct Lab {
     /// The sender's namespace, interface `s0`.
     pub src: Namespace,
-    /// The relay's namespace, interfaces `r0` to `rN`.
+    /// The relay's namespace, interfaces `r0` to `rN`; of a chain, the first relay's.
     pub relay: Namespace,
+    /// The further relays of a chain.
+    behind: Vec<Namespace>,
     sinks: Vec<Namespace>,
     spec: LabSpec,
 }
@@ -51,7 +54,7 @@ impl Lab {
         let src = Namespace::create("src")?;
         let relay = Namespace::create("relay")?;
         let sinks = (1..=namespaces).map(|i| Namespace::create(&format!("sink{i}"))).collect::<Result<Vec<_>>>()?;
-        let lab = Self { src, relay, sinks, spec };
+        let lab = Self { src, relay, behind: Vec::new(), sinks, spec };
         for namespace in lab.namespaces() {
             quieten(namespace)?;
         }
@@ -69,6 +72,43 @@ impl Lab {
         Self::new(LabSpec::default())
     }
 
+    /// So many relays in a row, `r1` of each joined to `r0` of the next, `r1` of the last to `k1`. IPv4 alone: what a link carries
+    /// downstream is what was relayed.
+    pub fn chain(hops: u32) -> Result<Self> {
+        if !(1..=16).contains(&hops) {
+            return Err(LabError::Invalid(format!("a chain has 1–16 relays, not {hops}")));
+        }
+        let src = Namespace::create("src")?;
+        let relay = Namespace::create("relay")?;
+        let behind = (2..=hops).map(|hop| Namespace::create(&format!("relay{hop}"))).collect::<Result<Vec<_>>>()?;
+        let lab = Self { src, relay, behind, sinks: vec![Namespace::create("sink1")?], spec: LabSpec::default() };
+        for namespace in lab.namespaces() {
+            quieten(namespace)?;
+            let _ = namespace.sysctl("ipv6/conf/default/disable_ipv6", "1");
+        }
+        (0..=hops).try_for_each(|link| lab.chain_link(link, hops))?;
+        lab.src.ip_batch("route add 224.0.0.0/4 dev s0\n")?;
+        Ok(lab)
+    }
+
+    /// Relay `n` of a chain, from 0.
+    pub fn hop(&self, n: u32) -> &Namespace {
+        n.checked_sub(1).and_then(|n| self.behind.get(n as usize)).unwrap_or(&self.relay)
+    }
+
+    /// Link 0 leads to the first relay, link `hops` to the sink.
+    fn chain_link(&self, link: u32, hops: u32) -> Result<()> {
+        let (upper, up) = if link == 0 { (&self.src, "s0") } else { (self.hop(link - 1), "r1") };
+        let (lower, down) = if link == hops { (self.sink(1), "k1") } else { (self.hop(link), "r0") };
+        upper.ip_batch(&format!(
+            "link add {up} mtu 1500 type veth peer name {down} mtu 1500 netns {}\naddr add 10.0.{link}.1/24 dev {up}\nlink set {up} up\n",
+            lower.name()
+        ))?;
+        lower.ip_batch(&format!("addr add 10.0.{link}.2/24 dev {down}\nlink set {down} up\n"))?;
+        enable_gro(upper, up)?;
+        enable_gro(lower, down)
+    }
+
     /// The namespace of `kN`, N from 1.
     pub fn sink(&self, link: u32) -> &Namespace {
         let index = if self.spec.separate_sinks { link.saturating_sub(1) as usize } else { 0 };
@@ -81,7 +121,7 @@ impl Lab {
     }
 
     fn namespaces(&self) -> impl Iterator<Item = &Namespace> {
-        [&self.src, &self.relay].into_iter().chain(&self.sinks)
+        [&self.src, &self.relay].into_iter().chain(&self.behind).chain(&self.sinks)
     }
 
     /// All pairs, made in the relay's namespace, and the relay's own ends.

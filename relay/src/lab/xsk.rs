@@ -17,42 +17,63 @@ use xsk_rs::config::{BindFlags, LibxdpFlags, QueueSize, SocketConfig, UmemConfig
 use xsk_rs::umem::frame::FrameDesc;
 use xsk_rs::{CompQueue, FillQueue, RxQueue, Socket, TxQueue, Umem};
 
-const FRAMES: u32 = 8_192;
+/// Frames of a UMEM, and places in each ring.
+pub(super) const FRAMES: u32 = 8_192;
 /// Packets the kernel sends per wake-up in copy mode.
 const TX_BUDGET: u32 = 32;
 /// Bound of the wait for the last completions.
 const FINISH: Duration = Duration::from_secs(1);
 
+/// The four rings of a socket.
+pub(super) struct Rings {
+    pub(super) tx: TxQueue,
+    pub(super) rx: RxQueue,
+    pub(super) fill: FillQueue,
+    pub(super) completion: CompQueue,
+}
+
 struct Port {
     umem: Umem,
     frames: Vec<FrameDesc>,
-    tx: TxQueue,
-    rx: RxQueue,
-    fill: FillQueue,
-    completion: CompQueue,
+    rings: Rings,
 }
 
-fn open(iface: &str) -> Result<Port> {
-    let invalid = |what: &str, e: &dyn std::fmt::Display| LabError::Invalid(format!("{what} on {iface}: {e}"));
+fn ring_size() -> Result<QueueSize> {
+    QueueSize::new(FRAMES).map_err(|e| LabError::Invalid(format!("ring size: {e}")))
+}
+
+/// A new UMEM and all its frames.
+pub(super) fn umem() -> Result<(Umem, Vec<FrameDesc>)> {
+    let invalid = |e: &dyn std::fmt::Display| LabError::Invalid(format!("UMEM: {e}"));
     let frames = NonZeroU32::new(FRAMES).unwrap_or(NonZeroU32::MIN);
-    let ring = QueueSize::new(FRAMES).map_err(|e| invalid("ring size", &e))?;
-    let umem_config = UmemConfig::builder().fill_queue_size(ring).comp_queue_size(ring).build().map_err(|e| invalid("UMEM", &e))?;
-    let (umem, frames) = Umem::new(umem_config, frames, false).map_err(|e| invalid("UMEM", &e))?;
+    let ring = ring_size()?;
+    let config = UmemConfig::builder().fill_queue_size(ring).comp_queue_size(ring).build().map_err(|e| invalid(&e))?;
+    Umem::new(config, frames, false).map_err(|e| invalid(&e))
+}
+
+/// A socket on queue 0 of an interface, in copy mode; the second one on a UMEM shares it. Loads no program.
+pub(super) fn bind(iface: &str, umem: &Umem) -> Result<Rings> {
     let config = SocketConfig::builder()
-        .rx_queue_size(ring)
-        .tx_queue_size(ring)
+        .rx_queue_size(ring_size()?)
+        .tx_queue_size(ring_size()?)
         .libxdp_flags(LibxdpFlags::XSK_LIBXDP_FLAGS_INHIBIT_PROG_LOAD)
         .bind_flags(BindFlags::XDP_COPY | BindFlags::XDP_USE_NEED_WAKEUP)
         .build();
     let name = iface.parse().map_err(|e| LabError::Invalid(format!("{iface}: {e:?}")))?;
-    // SAFETY: the UMEM is new and shared with no other socket, and no program is loaded.
-    let queues = unsafe { Socket::new(config, &umem, &name, 0) };
+    // SAFETY: no two sockets are made on one interface and queue here, and no program is loaded.
+    let queues = unsafe { Socket::new(config, umem, &name, 0) };
     let (tx, rx, rings) = queues.map_err(|e| {
         let source = std::error::Error::source(&e).map(|s| format!(": {s}")).unwrap_or_default();
         LabError::Invalid(format!("AF_XDP socket on {iface}: {e}{source}"))
     })?;
     let (fill, completion) = rings.ok_or_else(|| LabError::Invalid(format!("AF_XDP socket on {iface}: no fill ring")))?;
-    Ok(Port { umem, frames, tx, rx, fill, completion })
+    Ok(Rings { tx, rx, fill, completion })
+}
+
+fn open(iface: &str) -> Result<Port> {
+    let (umem, frames) = umem()?;
+    let rings = bind(iface, &umem)?;
+    Ok(Port { umem, frames, rings })
 }
 
 /// The generator's AF_XDP socket.
@@ -80,13 +101,13 @@ impl XskSink {
 
     fn reap(&mut self) {
         // SAFETY: frames come back on the completion ring of the UMEM they were taken from.
-        let reaped = unsafe { self.port.completion.consume(&mut self.scratch) };
+        let reaped = unsafe { self.port.rings.completion.consume(&mut self.scratch) };
         self.port.frames.extend(self.scratch.iter().take(reaped));
         self.outstanding = self.outstanding.saturating_sub(u32::try_from(reaped).unwrap_or(0));
     }
 
     fn wake(&mut self) -> Result<()> {
-        self.port.tx.wakeup().map_err(LabError::io("AF_XDP wake-up"))
+        self.port.rings.tx.wakeup().map_err(LabError::io("AF_XDP wake-up"))
     }
 }
 
@@ -140,7 +161,7 @@ impl Sink for XskSink {
             self.flow.write(data.contents_mut(), &self.payload);
         }
         // SAFETY: the frames belong to this UMEM and were just taken out of the free list.
-        let taken = unsafe { self.port.tx.produce(&batch) };
+        let taken = unsafe { self.port.rings.tx.produce(&batch) };
         self.port.frames.extend(batch.drain(taken..));
         let taken = u32::try_from(taken).unwrap_or(0);
         self.outstanding += taken;
@@ -166,10 +187,10 @@ pub fn receive(args: &RecvArgs) -> Result<Report> {
     let index = socket::ifindex(&args.iface)?;
     let _join = socket::receiver(&args.iface, args.group.source, args.group.group)?;
     let mut program = LabProgram::load()?;
-    program.set_socket(0, port.rx.fd())?;
+    program.set_socket(0, port.rings.rx.fd())?;
     program.attach("lab_xsk", index)?;
     // SAFETY: all frames of a new UMEM are ours, and the TX ring is not used.
-    let filled = unsafe { port.fill.produce(&port.frames) };
+    let filled = unsafe { port.rings.fill.produce(&port.frames) };
     let mut tally = Tally::new().map_err(|e| LabError::Invalid(e.to_string()))?;
     let mut descs: Vec<FrameDesc> = port.frames.iter().take(filled).copied().collect();
     let mut limits = Limits::new();
@@ -177,7 +198,7 @@ pub fn receive(args: &RecvArgs) -> Result<Report> {
     eprintln!("listening on {}", args.iface);
     loop {
         // SAFETY: the RX ring and the descriptors are of the same UMEM.
-        let received = unsafe { port.rx.poll_and_consume(&mut descs, 20) }.map_err(LabError::io("AF_XDP poll"))?;
+        let received = unsafe { port.rings.rx.poll_and_consume(&mut descs, 20) }.map_err(LabError::io("AF_XDP poll"))?;
         let now = clock::monotonic_ns();
         let batch = descs.get(..received).unwrap_or_default();
         for desc in batch {
@@ -187,12 +208,12 @@ pub fn receive(args: &RecvArgs) -> Result<Report> {
                 tally.record(bytes, now);
             }
         }
-        give_back(&mut port.fill, batch);
+        give_back(&mut port.rings.fill, batch);
         if !limits.go_on(args, &tally, received > 0) {
             break;
         }
     }
-    let statistics = port.rx.fd().xdp_statistics().map_err(LabError::io("XDP_STATISTICS"))?;
+    let statistics = port.rings.rx.fd().xdp_statistics().map_err(LabError::io("XDP_STATISTICS"))?;
     Ok(Report::new(&tally, args.count, statistics.rx_dropped() + statistics.rx_ring_full(), clock::softnet_drops() - softnet))
 }
 
