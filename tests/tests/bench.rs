@@ -44,3 +44,39 @@ fn fanout_has_a_row_a_case() {
         assert!((row["ratio_to_packet"].as_f64().unwrap() - ratio).abs() < 1e-6, "{row}");
     }
 }
+
+/// The wire is there in any case, a path has percentiles, and the plot is written.
+#[test]
+fn latency_has_percentiles_and_a_plot() {
+    needs_root!();
+    let _turn = paths::turn();
+    let directory = tempfile::tempdir().unwrap();
+    let name = directory.path().join("latency");
+    let report = bench(&format!("latency --rows xsk --rate 5000 --rounds 1 --duration 300ms --save {}", name.display()));
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.iter().map(|row| row["path"].as_str().unwrap()).collect::<Vec<_>>(), ["wire", "xsk"]);
+    for row in rows {
+        let [p50, p99, p999] = ["p50_us", "p99_us", "p999_us"].map(|key| row[key].as_f64().unwrap());
+        assert!(p50 <= p99 && p99 <= p999 && p999 > 0.0, "{row}");
+        assert!(row["latency_samples"].as_u64().unwrap() > 0 && row["sent_packets"].as_u64().unwrap() > 0, "{row}");
+    }
+    let saved = |ending| std::fs::read_to_string(name.with_extension(ending)).unwrap();
+    assert_eq!(serde_json::from_str::<Value>(&saved("json")).unwrap(), report);
+    assert!(saved("svg").starts_with("<svg") && saved("txt").contains("p99.9"));
+}
+
+/// One row a relay; what leaves one goes into the next.
+#[test]
+fn a_chain_has_a_row_a_relay() {
+    needs_root!();
+    let _turn = paths::turn();
+    let report = bench("chain --rows kernel,xsk --hops 2 --rate 5000 --duration 300ms --search 0s");
+    let rows = report["rows"].as_array().unwrap();
+    let cases: Vec<_> = rows.iter().map(|row| (row["path"].as_str().unwrap(), row["hops"].as_u64().unwrap())).collect();
+    assert_eq!(cases, [("kernel", 1), ("kernel", 2), ("xsk", 1), ("xsk", 2)]);
+    for pair in rows.chunks(2) {
+        assert!(pair[1]["delivered_pps"].as_f64().unwrap() > 0.0, "{}", pair[1]);
+        assert_eq!(pair[0]["delivered_pps"], pair[1]["offered_pps"]);
+        assert!(pair[0]["loss_free_pps"].is_null(), "no search was asked for");
+    }
+}

@@ -2,6 +2,7 @@
 //!
 //! One subcommand, one file. Must never become a part of the product.
 
+mod bench;
 mod ebpf;
 mod packages;
 mod relay;
@@ -23,8 +24,8 @@ enum Command {
     Demo(relay::Args),
     /// Install what is missing, build, and run every test; the last line counts them
     Test(test::Args),
-    /// Build, and run `relay bench path`
-    Bench(relay::Args),
+    /// Build for release, and run every `relay bench` of packets into target/bench
+    Bench(bench::Args),
     /// Check what compilers don't: who imports whom, where unsafe code stands, how long files are
     Tidy,
     /// Count the lines and the unsafe blocks of every room
@@ -48,7 +49,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Demo(args) => relay::demo(&args),
         Command::Test(args) => test::run(&args),
-        Command::Bench(args) => relay::bench(&args),
+        Command::Bench(args) => bench::bench(&args),
         Command::Tidy => tidy::run(),
         Command::Stats => stats::run(),
         Command::Requirements(args) => requirements::run(&args),

@@ -1,4 +1,4 @@
-//! `cargo xtask demo` and `cargo xtask bench`: install, build, and hand over to the relay itself.
+//! `cargo xtask demo`: install, build, and hand over to the relay itself.
 //!
 //! Must never judge: the relay's exit code is ours.
 
@@ -16,19 +16,10 @@ pub(crate) struct Args {
 
 /// `relay demo`.
 pub(crate) fn demo(args: &Args) -> Result<ExitCode> {
-    relay(&["demo"], args)
-}
-
-/// `relay bench path`.
-pub(crate) fn bench(args: &Args) -> Result<ExitCode> {
-    relay(&["bench", "path"], args)
-}
-
-fn relay(command: &[&str], args: &Args) -> Result<ExitCode> {
     packages::install_missing()?;
     eprintln!("xtask: building the relay (release)");
     let mut cargo = workspace::cargo();
-    cargo.args(["run", "--release", "--package", "relay", "--bin", "relay", "--"]).args(command).args(&args.rest);
+    cargo.args(["run", "--release", "--package", "relay", "--bin", "relay", "--"]).arg("demo").args(&args.rest);
     Ok(exit_code(run(&mut cargo)?))
 }
 

@@ -26,7 +26,7 @@ const MAX_REPEAT: f64 = 200e6;
 /// Ethernet, IPv4, UDP.
 const IPV4_HEADERS: u64 = 42;
 /// Source of generated packets, `s0`.
-const SOURCE: &str = "10.0.0.1:40000";
+pub const SOURCE: &str = "10.0.0.1:40000";
 
 /// Packets from `s0` to one group, as fast as one core can.
 #[derive(Debug)]
@@ -154,6 +154,11 @@ impl Generator {
 /// Packets dropped between `r1` and its peer so far (transmit drops of `r1`).
 pub fn sink_drops(lab: &Lab) -> Result<u64> {
     device_counter(&lab.relay, "r1", 11)
+}
+
+/// Packets that an interface has received so far: what its driver took from the wire, whatever became of it.
+pub fn received(namespace: &super::Namespace, iface: &str) -> Result<u64> {
+    device_counter(namespace, iface, 1)
 }
 
 /// Warms up, then counts for `length`.

@@ -4,7 +4,9 @@
 #![expect(unsafe_code, reason = "sendmmsg, recvmmsg, and socket options without a safe wrapper")]
 
 use super::error::{LabError, Result};
+use crate::nic::afpacket::socket::open_listen;
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, setsockopt, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -27,7 +29,7 @@ fn udp(family: IpAddr) -> Result<OwnedFd> {
 
 fn set_option<T: Copy>(fd: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int, value: &T, what: &str) -> Result<()> {
     let len = libc::socklen_t::try_from(size_of::<T>()).unwrap_or(0);
-    // SAFETY: `value` is valid for reads of `len` bytes, and the kernel only copies from it.
+    // SAFETY: `value` is valid for reads of `len` bytes, and the kernel only copies from it; a sock_fprog's code is its caller's.
     let rc = unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, std::ptr::from_ref(value).cast(), len) };
     if rc == 0 { Ok(()) } else { Err(LabError::io(what)(io::Error::last_os_error())) }
 }
@@ -97,6 +99,21 @@ pub fn receiver(iface: &str, source: Option<IpAddr>, group: SocketAddr) -> Resul
 
 fn bind(fd: &OwnedFd, addr: SocketAddr) -> Result<()> {
     socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(addr)).map_err(LabError::io(format!("bind to {addr}")))
+}
+
+/// A packet socket that looks on at `iface` and keeps, with the kernel's receive time, the frames whose bytes `at`..`at + 4` are all
+/// zero under `mask` (big-endian). Nobody waits on it: what came is read afterwards, so that taking samples costs next to nothing.
+pub fn sampler(iface: &str, at: u32, mask: u32) -> Result<OwnedFd> {
+    let fd = open_listen(ifindex(iface)?).map_err(|e| LabError::Invalid(e.to_string()))?;
+    // linux/bpf_common.h: load a word, and, jump if equal, return. Off the end of the frame the program returns 0: not kept.
+    let op = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    let mut code = [op(0x20, 0, 0, at), op(0x54, 0, 0, mask), op(0x15, 0, 1, 0), op(0x06, 0, 0, u32::MAX), op(0x06, 0, 0, 0)];
+    let program = libc::sock_fprog { len: code.len() as u16, filter: code.as_mut_ptr() };
+    set_option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program, "SO_ATTACH_FILTER")?;
+    setsockopt(&fd, sockopt::RcvBufForce, &RECEIVE_BUFFER).map_err(LabError::io("receive buffer"))?;
+    setsockopt(&fd, sockopt::ReceiveTimestampns, &true).map_err(LabError::io("SO_TIMESTAMPNS"))?;
+    setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::milliseconds(1)).map_err(LabError::io("SO_RCVTIMEO"))?;
+    Ok(fd)
 }
 
 /// Joins a group on an interface (RFC 3678: MCAST_JOIN_GROUP, MCAST_JOIN_SOURCE_GROUP; the same for both families).
@@ -315,7 +332,6 @@ pub fn unspecified(like: IpAddr) -> IpAddr {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::sys::time::{TimeVal, TimeValLike};
 
     #[test]
     fn a_batch_crosses_loopback_with_its_company() {

@@ -1,11 +1,18 @@
-//! `relay bench path` and `fanout`: packets per second through each path and each baseline, interleaved, counted at the receiver.
+//! `relay bench path|fanout|latency|chain`: each path and each baseline, interleaved, counted at the receiver.
+//!
+//! `path` and `fanout` stand here: packets a second, flat out or at a pace.
 //!
 //! ARCHITECTURE.md, "Figures", is the law here: the generator's ceiling is named, arms alternate, medians come with minimum
 //! and maximum, and what disturbed a run is said with it. Must never report what the relay says about itself as delivered.
 
+pub mod chain;
+pub mod gate;
+pub mod latency;
+mod plot;
 mod report;
 mod runs;
 
+pub use plot::svg;
 pub use report::{Machine, Report, Row, machine, table};
 
 use super::arms::{Arm, GROUP};
@@ -44,9 +51,9 @@ pub struct Place {
     /// CPU of the relay and the sink
     #[arg(long, default_value_t = 1, value_name = "CPU")]
     pub cpus: usize,
-    /// The relay's wait strategy
-    #[arg(long, default_value = "spin", value_name = "STRATEGY")]
-    pub wait: String,
+    /// The relay's wait strategy [default: spin, of a chain adaptive]
+    #[arg(long, value_name = "STRATEGY")]
+    pub wait: Option<String>,
     /// The relay under test [default: this program]
     #[arg(long, value_name = "FILE")]
     pub program: Option<PathBuf>,
@@ -62,6 +69,11 @@ impl Place {
         }
     }
 
+    /// The wait strategy of relays that have a CPU for themselves.
+    fn wait(&self) -> &str {
+        self.wait.as_deref().unwrap_or("spin")
+    }
+
     /// Round trip of a cache line between the two CPUs.
     fn ping_pong_ns(&self) -> Result<f64> {
         clock::ping_pong_ns(self.generator_cpu, self.cpus)
@@ -71,8 +83,8 @@ impl Place {
 /// Arguments of `relay bench path`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
-    /// Rows, in order
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Arm::Xsk, Arm::Coalesce, Arm::Packet, Arm::Sockets, Arm::Redirect])]
+    /// Rows, in order [default: all that can run here]
+    #[arg(long, value_enum, value_delimiter = ',')]
     pub rows: Vec<Arm>,
     /// Instead of flat out: packets a second from a paced source, one run a row, loss reported
     #[arg(long, value_name = "N")]
@@ -101,7 +113,19 @@ pub struct FanoutArgs {
 
 /// `relay bench path`: all rounds of all rows.
 pub fn measure(args: &Args) -> Result<Report> {
-    measure_cases(&cases(&args.rows, &[args.fanout], &args.load.payload), &args.load, args.rate)
+    let rows = if args.rows.is_empty() { all_rows(args.fanout > 1) } else { args.rows.clone() };
+    measure_cases(&cases(&rows, &[args.fanout], &args.load.payload), &args.load, args.rate)
+}
+
+/// What can run here; on stderr, what can't.
+fn all_rows(several_outputs: bool) -> Vec<Arm> {
+    let wanted = Arm::ALL.into_iter().filter(|arm| arm.is_relay() || !several_outputs);
+    let (missing, rows): (Vec<Arm>, Vec<Arm>) = wanted.partition(|arm| arm.missing().is_some());
+    if !missing.is_empty() {
+        let missing: Vec<String> = missing.iter().map(|arm| format!("{} ({})", arm.name(), arm.missing().unwrap_or_default())).collect();
+        eprintln!("rows left out for want of what they need: {}", missing.join(", "));
+    }
+    rows
 }
 
 /// `relay bench fanout`: the same at several fan-outs.
@@ -130,7 +154,7 @@ fn measure_cases(cases: &[Case], load: &Load, rate: Option<u64>) -> Result<Repor
     report.ping_pong_ns.push(load.place.ping_pong_ns()?);
     let ceiling = |case: &Case| ceilings.iter().find(|(payload, _)| *payload == case.payload).map_or(f64::INFINITY, |(_, pps)| *pps);
     let limit = |case: &Case| rate.is_none().then(|| ceiling(case));
-    report.rows = cases.iter().filter_map(|case| report::row(case, &load.place.wait, &runs, limit(case))).collect();
+    report.rows = cases.iter().filter_map(|case| report::row(case, load.place.wait(), &runs, limit(case))).collect();
     report::set_ratios(&mut report.rows);
     report.preempted = report.rows.iter().any(|row| row.preempted);
     Ok(report)

@@ -2,6 +2,7 @@
 //!
 //! Must never leave out what makes a figure doubtful: it stands beside the figure.
 
+use super::gate::Bar;
 use super::runs::{Case, Run};
 use crate::lab::arms::{Arm, GROUP, REWRITTEN};
 use crate::lab::clock;
@@ -16,9 +17,9 @@ const KEPT_UP: f64 = 0.98;
 /// A run that loses more than this share after the relay is void.
 const SINK_SHARE: f64 = 0.001;
 /// Involuntary switches a second that make a figure doubtful.
-const PREEMPTED_PER_SECOND: f64 = 20.0;
+pub(super) const PREEMPTED_PER_SECOND: f64 = 20.0;
 
-/// `relay bench path|fanout --json`.
+/// `relay bench path|fanout|latency|chain --json`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// What it ran on.
@@ -33,6 +34,9 @@ pub struct Report {
     pub rows: Vec<Row>,
     /// Rows that could not run: what and why.
     pub errors: Vec<String>,
+    /// What `--gate` asks for, and what was measured.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bars: Vec<Bar>,
 }
 
 /// Where the figures come from.
@@ -61,7 +65,7 @@ pub struct Row {
     pub payload: u16,
     /// Outputs.
     pub fanout: u32,
-    /// Relays in a row.
+    /// Relays in a row; of a chain, which of them the row is about.
     pub hops: u32,
     /// Median of the offered rates.
     pub offered_pps: f64,
@@ -73,12 +77,21 @@ pub struct Row {
     pub lost_packets: u64,
     /// Packets sent; for a paced run exact.
     pub sent_packets: u64,
-    /// Latency: `None` where it was not measured.
+    /// Latency of half of the packets at most, µs; `None` where it was not measured.
     pub p50_us: Option<f64>,
-    /// The same.
+    /// Of 99 %.
     pub p99_us: Option<f64>,
-    /// The same.
+    /// Of 99.9 %.
     pub p999_us: Option<f64>,
+    /// Packets behind these percentiles.
+    #[serde(default)]
+    pub latency_samples: u64,
+    /// The distribution: (µs, share of the packets that took no longer).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub latency_curve: Vec<(f64, f64)>,
+    /// In a chain: the highest rate tried at which the chain up to this relay lost no more than 0.1 %.
+    #[serde(default)]
+    pub loss_free_pps: Option<f64>,
     /// Runs behind the median.
     pub median_of: u32,
     /// Least delivered rate.
@@ -134,13 +147,13 @@ pub(super) fn row(case: &Case, wait: &str, runs: &[Run], ceiling: Option<f64>) -
     })
 }
 
-fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
+pub(super) fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
     values
 }
 
-fn median(sorted: &[f64]) -> Option<f64> {
+pub(super) fn median(sorted: &[f64]) -> Option<f64> {
     let upper = *sorted.get(sorted.len() / 2)?;
     let lower = *sorted.get(sorted.len().saturating_sub(1) / 2)?;
     Some(f64::midpoint(lower, upper))
@@ -172,27 +185,59 @@ pub fn machine() -> Machine {
 pub fn table(report: &Report) -> String {
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
-    table.set_header(["path", "engine", "payload", "fan-out", "delivered pps", "min", "max", "× packet", "offered pps", "loss", "notes"]);
+    let columns = columns(&report.rows);
+    table.set_header(columns.iter().map(|(name, _)| *name));
     for row in &report.rows {
-        table.add_row([
-            row.path.clone(),
-            row.engine.clone(),
-            row.payload.to_string(),
-            format!("1:{}", row.fanout),
-            format!("{:.0}", row.delivered_pps),
-            format!("{:.0}", row.min),
-            format!("{:.0}", row.max),
-            row.ratio_to_packet.map_or("-".into(), |ratio| format!("{ratio:.2}")),
-            format!("{:.0}", row.offered_pps),
-            format!("{:.3} %", row.loss * 100.0),
-            notes(row),
-        ]);
+        table.add_row(columns.iter().map(|(_, cell)| cell(row)));
     }
-    format!(
-        "{table}\ngenerator's ceiling {:.0} pps (XDP_DROP); {GROUP} → {REWRITTEN}; {}",
-        report.generator_ceiling_pps,
-        conditions(report)
-    )
+    let ceiling = match report.generator_ceiling_pps {
+        0.0 => String::new(),
+        pps => format!("generator's ceiling {pps:.0} pps (XDP_DROP); {GROUP} → {REWRITTEN}; "),
+    };
+    format!("{table}\n{ceiling}{}", conditions(report))
+}
+
+type Column = (&'static str, fn(&Row) -> String);
+
+/// What there is to say about these rows.
+fn columns(rows: &[Row]) -> Vec<Column> {
+    let mut columns: Vec<Column> = vec![("path", |row| row.path.clone()), ("engine", |row| row.engine.clone())];
+    let latency = rows.iter().any(|row| row.p50_us.is_some());
+    let chain = rows.iter().any(|row| row.hops > 1);
+    if latency || chain {
+        columns.push(("wait", |row| row.wait.clone()));
+    }
+    if chain {
+        columns.push(("hop", |row| row.hops.to_string()));
+    }
+    if latency {
+        columns.push(("p50 µs", |row| micros(row.p50_us)));
+        columns.push(("p99 µs", |row| micros(row.p99_us)));
+        columns.push(("p99.9 µs", |row| micros(row.p999_us)));
+        columns.push(("samples", |row| row.latency_samples.to_string()));
+    }
+    if !latency && !chain {
+        columns.push(("payload", |row| row.payload.to_string()));
+        columns.push(("fan-out", |row| format!("1:{}", row.fanout)));
+    }
+    columns.push(("delivered pps", |row| format!("{:.0}", row.delivered_pps)));
+    if !latency && !chain {
+        columns.push(("min", |row| format!("{:.0}", row.min)));
+        columns.push(("max", |row| format!("{:.0}", row.max)));
+        columns.push(("× packet", |row| row.ratio_to_packet.map_or("-".into(), |ratio| format!("{ratio:.2}"))));
+    }
+    columns.push(("offered pps", |row| format!("{:.0}", row.offered_pps)));
+    columns.push(("lost", |row| row.lost_packets.to_string()));
+    columns.push(("loss", |row| format!("{:.3} %", row.loss * 100.0)));
+    if rows.iter().any(|row| row.loss_free_pps.is_some()) {
+        columns.push(("loss-free pps", |row| row.loss_free_pps.map_or("-".into(), |pps| format!("{pps:.0}"))));
+    }
+    columns.push(("notes", notes));
+    columns
+}
+
+fn micros(value: Option<f64>) -> String {
+    value.map_or("-".into(), |us| format!("{us:.2}"))
 }
 
 /// Ping-pong and machine.

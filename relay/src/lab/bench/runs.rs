@@ -110,6 +110,6 @@ fn sink<'a>(lab: &'a Lab, case: &Case) -> Result<Sink<'a>> {
 
 fn start(lab: &Lab, case: &Case, load: &Load) -> Result<Running> {
     let program = super::program(load.place.program.as_ref())?;
-    let extra = ["--pipeline", "fused", "--wait", &load.place.wait];
+    let extra = ["--pipeline", "fused", "--wait", load.place.wait()];
     Running::start_fanout(lab, case.arm, case.fanout, &program, Some(load.place.cpus), &extra)
 }
