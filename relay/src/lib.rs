@@ -8,6 +8,7 @@ pub mod control;
 pub mod datapath;
 pub mod doctor;
 pub mod frame;
+pub mod keeper;
 pub mod lab;
 pub mod metrics;
 pub mod nic;

@@ -4,6 +4,7 @@ use super::failure::Failure;
 use super::values::{self, CpuList};
 use super::{Context, OK, Outcome, rules};
 use crate::nic::afpacket::Engines;
+use crate::supervisor::RunError;
 use crate::supervisor::options::{BackendChoice, Options, PipelineChoice, WaitChoice, XdpMode, ZeroCopyChoice};
 use crate::worker::partition::Scheme;
 use crate::{metrics, supervisor};
@@ -61,9 +62,13 @@ pub(super) struct RunArgs {
     /// What a worker does when idle
     #[arg(long, value_parser = values::choice(WAITS), default_value = "adaptive")]
     wait: WaitChoice,
-    /// How long workers forward on without a supervisor; 0: they leave at once
+    /// How long everything forwards on without a supervisor, and can be taken over; 0: not at all
     #[arg(long, value_name = "DURATION", default_value = "0", value_parser = values::duration)]
     linger: Duration,
+    /// Go on in the place of the relay with the same --socket, dead or alive, without losing a packet; an ordinary start if there is
+    /// none. It must have --linger
+    #[arg(long)]
+    takeover: bool,
     /// Serve metrics in the Prometheus text format at this address; a port alone is on the loopback (9464)
     #[arg(long, value_name = "ADDR", value_parser = values::listen_address)]
     metrics: Option<SocketAddr>,
@@ -85,14 +90,20 @@ pub(super) struct RunArgs {
 pub(super) fn run(args: RunArgs, context: &Context) -> Outcome {
     let metrics = args.metrics;
     let options = options(args, context)?;
-    if let Some(address) = metrics {
-        serve_metrics(address, context)?;
+    let inheritance = if options.takeover { supervisor::takeover::begin(&options).map_err(failure)? } else { None };
+    match metrics.map(|address| serve_metrics(address, context)) {
+        // Too late to refuse: nobody else supervises any more.
+        Some(Err(error)) if inheritance.is_some() => tracing::error!(error = %error.message, "no metrics"),
+        Some(Err(error)) => return Err(error),
+        Some(Ok(())) | None => {}
     }
-    supervisor::run(options).map_err(|error| {
-        let (field, hint) = (error.field().to_string(), error.hint().to_string());
-        Failure::new(error.exit_code(), error.to_string()).field(field).hint(hint)
-    })?;
+    supervisor::run(options, inheritance).map_err(failure)?;
     Ok(OK)
+}
+
+fn failure(error: RunError) -> Failure {
+    let (field, hint) = (error.field().to_string(), error.hint().to_string());
+    Failure::new(error.exit_code(), error.to_string()).field(field).hint(hint)
 }
 
 /// Before the supervisor, so that an address that is taken changes nothing; until the relay runs, scrapes get 503.
@@ -127,6 +138,7 @@ fn options(args: RunArgs, context: &Context) -> Result<Options, Failure> {
         io_uring: args.io_uring,
         wait: args.wait,
         linger: args.linger,
+        takeover: args.takeover,
         socket: context.global.socket.clone(),
         frames: args.frames,
         heartbeat: args.heartbeat,

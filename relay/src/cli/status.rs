@@ -20,6 +20,9 @@ fn page(status: &Status, output: &Output) -> String {
         "capabilities: {}\n\n",
         if supervisor.capabilities.is_empty() { "none".into() } else { supervisor.capabilities.join(" ") }
     );
+    if supervisor.keeper != 0 {
+        page += &format!("keeper: pid {}\n\n", supervisor.keeper);
+    }
     page + &interfaces(&status.interfaces, output) + "\n" + &workers(&status.workers, output)
 }
 
@@ -96,7 +99,12 @@ mod tests {
     fn a_page_fits_80_columns() {
         let status = Status {
             version: "0.1.0".into(),
-            supervisor: SupervisorInfo { pid: 12_345, uptime_ms: 3_723_000, capabilities: vec!["cap_bpf".into(), "cap_net_admin".into()] },
+            supervisor: SupervisorInfo {
+                pid: 12_345,
+                uptime_ms: 3_723_000,
+                capabilities: vec!["cap_bpf".into(), "cap_net_admin".into()],
+                keeper: 0,
+            },
             interfaces: vec![InterfaceInfo {
                 name: "eth0".into(),
                 backend: "af_xdp_copy".into(),

@@ -169,6 +169,9 @@ pub struct SupervisorInfo {
     pub uptime_ms: u64,
     /// Effective capabilities by name.
     pub capabilities: Vec<String>,
+    /// Process id of the keeper, 0 without `--linger`.
+    #[serde(default)]
+    pub keeper: u32,
 }
 
 /// An interface in [`Status`].

@@ -314,7 +314,7 @@ impl Connection {
             let rest = bytes.get(*sent..).unwrap_or_default();
             let done = match self.descriptors.as_slice() {
                 [] => send_some(&self.stream, rest),
-                descriptors => send_with(&self.stream, rest, descriptors),
+                descriptors => send_with(self.stream.as_fd(), rest, descriptors, MsgFlags::MSG_DONTWAIT),
             };
             match done {
                 Ok(count) => {

@@ -56,6 +56,22 @@ impl RelayProcess {
         Ok(Self { child, program: program.into(), directory, log, readers: readers.into_iter().flatten().collect() })
     }
 
+    /// Starts `run ARGS --takeover` at the same socket; from now on that is the relay. Returns how the one before ended, which must
+    /// be within 10 s.
+    pub fn take_over(&mut self, namespace: &Namespace, args: &[&str]) -> Result<ExitStatus> {
+        let mut command = namespace.command(&self.program)?;
+        command.arg("run").args(args).args(["--takeover", "--socket"]).arg(self.socket());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = command.spawn().map_err(LabError::io(format!("starting {}", self.program.display())))?;
+        let before = std::mem::replace(&mut self.child, child);
+        let mut before =
+            Self { child: before, program: PathBuf::new(), directory: PathBuf::new(), log: Arc::clone(&self.log), readers: vec![] };
+        let streams =
+            [self.child.stdout.take().map(|out| collect(out, &self.log)), self.child.stderr.take().map(|err| collect(err, &self.log))];
+        self.readers = streams.into_iter().flatten().collect();
+        before.wait_exit(Duration::from_secs(10))
+    }
+
     /// Path of the control socket.
     pub fn socket(&self) -> PathBuf {
         self.directory.join("relay.sock")

@@ -19,7 +19,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering::{Acquire, Release};
 
 /// Counted up whenever a layout in this room changes.
-pub const LAYOUT_VERSION: u32 = 7;
+pub const LAYOUT_VERSION: u32 = 8;
 /// Commands that a worker may fall behind.
 pub const COMMANDS: u32 = 16;
 const MANIFEST_LEN: usize = 4096;
@@ -40,6 +40,9 @@ pub const COMMAND_RUN: Command = Command(0);
 pub const COMMAND_DRAIN: Command = Command(1);
 /// Stop: take what is left in the RX rings, send it, exit with status 0.
 pub const COMMAND_STOP: Command = Command(2);
+
+/// On the life socket, from a supervisor that cannot write the control segment because another one made it: [`COMMAND_DRAIN`].
+pub const RELIEVE: u8 = 2;
 
 /// How a port is driven.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,7 +117,7 @@ pub struct Manifest {
     pub rules_fd: i32,
     /// Tap ring.
     pub tap_fd: i32,
-    /// Socket whose other end the supervisor holds: EOF is its death, a byte is "look at your segments".
+    /// Socket whose other end the supervisor holds, and its keeper: EOF is their death, a byte is "look at your segments", or [`RELIEVE`].
     pub life_fd: i32,
     /// Two threads instead of one.
     pub split: bool,
@@ -126,8 +129,6 @@ pub struct Manifest {
     pub cpus: Vec<usize>,
     /// Heartbeat period.
     pub heartbeat_ms: u64,
-    /// How long to forward on without a supervisor.
-    pub linger_ms: u64,
     /// The ports, in numeric order.
     pub ports: Vec<PortManifest>,
     /// Frames in rings of interfaces that are gone.
@@ -261,7 +262,6 @@ mod tests {
             wait: WaitMode::Poll,
             cpus: vec![],
             heartbeat_ms: 100,
-            linger_ms: 0,
             ports: vec![],
             orphans: OrphanList::default(),
         }

@@ -12,12 +12,12 @@ use super::counters::{COUNTER_COUNT, Counter, MAX_OUTPUTS, MAX_PORTS, MAX_RULES}
 use crate::ring::layout::layout_hash;
 use crate::ring::memory::LINE_SIZE;
 use crate::shm::channel::{channel_len, duplicate, prepare};
-use crate::shm::{ChannelError, Header, Reader, Segment};
+use crate::shm::{Access, ChannelError, Header, Reader, Segment};
 use crate::sys::shared::OutOfMapping;
 use crate::sys::{SharedArray, SharedWord, SharedWord64};
 use bytemuck::{Pod, Zeroable};
 use serde::{Deserialize, Serialize};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -170,6 +170,14 @@ impl StatusPage {
         let segment = Segment::create("relay-status", STATUS_LEN).map_err(ChannelError::from)?;
         let segment = prepare::<FrameStats>(segment, REPORTS)?;
         let reports = Reader::open(duplicate(segment.as_fd())?)?;
+        Ok((Arc::clone(&segment), Self::of(&segment)?, reports))
+    }
+
+    /// A status segment that another supervisor has made.
+    pub fn join(fd: OwnedFd) -> Result<(Arc<Segment>, Self, Reader<FrameStats>), StatusError> {
+        let segment = Segment::join(fd, Access::ReadWrite).and_then(|segment| segment.at_least(STATUS_LEN)).map_err(ChannelError::from)?;
+        let reports = Reader::open(duplicate(segment.as_fd())?)?;
+        let segment = Arc::new(segment);
         Ok((Arc::clone(&segment), Self::of(&segment)?, reports))
     }
 

@@ -11,10 +11,11 @@ use super::channel::ChannelError;
 use super::header::parent_of;
 use nix::errno::Errno;
 use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, UnixCredentials, getsockopt, recvmsg, sendmsg, sockopt::PeerCredentials,
+    ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, UnixCredentials, accept4, getsockopt, recvmsg, sendmsg,
+    sockopt::PeerCredentials,
 };
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -112,9 +113,14 @@ pub fn fetch(path: &Path, as_child: bool) -> Result<OwnedFd, ChannelError> {
     found.map(own).ok_or_else(denied)
 }
 
+/// Takes a connection of a non-blocking listener of any kind.
+pub fn accept(listener: BorrowedFd<'_>) -> nix::Result<OwnedFd> {
+    accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC).map(own)
+}
+
 #[expect(unsafe_code, reason = "a received descriptor is a number until it is owned")]
 fn own(fd: i32) -> OwnedFd {
-    // SAFETY: the kernel has just installed it for us by SCM_RIGHTS, and nobody else knows the number.
+    // SAFETY: the kernel has just installed it for us (SCM_RIGHTS, accept), and nobody else knows the number.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
@@ -135,23 +141,35 @@ impl<'a> Receiving<'a> {
 
 impl Read for Receiving<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let mut space = nix::cmsg_space!([i32; MAX_DESCRIPTORS]);
-        let mut parts = [IoSliceMut::new(buffer)];
-        let message = recvmsg::<()>(self.stream.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
-        for part in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(fds) = part {
-                self.descriptors.extend(fds.into_iter().map(own));
-            }
-        }
-        Ok(message.bytes)
+        let (len, descriptors) = receive_with(self.stream.as_fd(), buffer, MsgFlags::empty())?;
+        self.descriptors.extend(descriptors);
+        Ok(len)
     }
 }
 
-/// Sends the first of `bytes` with the descriptors, without waiting; says how many bytes went. At most [`MAX_DESCRIPTORS`].
-pub fn send_with(stream: &UnixStream, bytes: &[u8], descriptors: &[OwnedFd]) -> nix::Result<usize> {
+/// The kernel's own limit (`SCM_MAX_FD`): with room for so many, none that comes is lost sight of.
+const MOST_DESCRIPTORS: usize = 253;
+
+/// Takes bytes (of a packet socket: one packet) with the descriptors that come along.
+pub fn receive_with(socket: BorrowedFd<'_>, buffer: &mut [u8], flags: MsgFlags) -> nix::Result<(usize, Vec<OwnedFd>)> {
+    let mut space = nix::cmsg_space!([i32; MOST_DESCRIPTORS]);
+    let mut parts = [IoSliceMut::new(buffer)];
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), flags | MsgFlags::MSG_CMSG_CLOEXEC)?;
+    let mut descriptors = Vec::new();
+    for part in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(fds) = part {
+            descriptors.extend(fds.into_iter().map(own));
+        }
+    }
+    Ok((message.bytes, descriptors))
+}
+
+/// Sends the first of `bytes` with the descriptors; says how many bytes went. At most [`MAX_DESCRIPTORS`].
+pub fn send_with(socket: BorrowedFd<'_>, bytes: &[u8], descriptors: &[impl AsRawFd], flags: MsgFlags) -> nix::Result<usize> {
     let fds: Vec<i32> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&fds)];
-    sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(bytes)], &rights, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT, None)
+    let rights = if fds.is_empty() { &[][..] } else { &rights[..] };
+    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], rights, flags | MsgFlags::MSG_NOSIGNAL, None)
 }
 
 fn denied() -> ChannelError {

@@ -10,6 +10,7 @@ use crate::plan::records::{AddressRecord, OutputRecord, RuleRecord, Snapshot, Sn
 use crate::rule::compile::{CompileInput, Compiled, compile};
 use crate::rule::set::RuleSet;
 use crate::rule::{Match, Prefix, Rule, TagMatch};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Where a rule's counters are.
@@ -57,6 +58,11 @@ impl Allocator {
         Some(found as u32)
     }
 
+    /// Takes this very number; false if it can't be had.
+    fn mark(&mut self, number: u32) -> bool {
+        self.used.get_mut(number as usize).is_some_and(|used| !std::mem::replace(used, true))
+    }
+
     fn give_back(&mut self, number: u32) {
         if let Some(used) = self.used.get_mut(number as usize) {
             *used = false;
@@ -89,7 +95,51 @@ fn full(what: &str, max: usize) -> RunError {
     RunError::bad("rules", format!("more than {max} {what}"), "use group prefixes, or a second relay")
 }
 
+/// A rule, as a successor of the supervisor has to know it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeptRule {
+    /// Its canonical text.
+    pub text: String,
+    /// Rule slot.
+    pub slot: u32,
+    /// Epoch at which it was installed.
+    pub serial: u32,
+    /// Output slots.
+    pub outputs: Vec<u32>,
+}
+
 impl Book {
+    /// All that a successor needs to go on: rules, and where the next slots are looked for.
+    pub fn keep(&self) -> (Vec<KeptRule>, [usize; 2]) {
+        let keep = |rule: &Rule| {
+            let Slots { slot, serial, outputs } = self.slots.get(&rule.id)?.clone();
+            Some(KeptRule { text: rule.to_string(), slot, serial, outputs })
+        };
+        (self.set.rules().iter().filter_map(keep).collect(), [self.rule_slots.next, self.output_slots.next])
+    }
+
+    /// Goes on where another book was.
+    pub fn restore(&mut self, rules: &[KeptRule], next: [usize; 2]) -> Result<(), RunError> {
+        let unreadable = |error: &dyn std::fmt::Display| RunError::failure(format!("a rule of the relay that is taken over: {error}"));
+        let mut book = Self::default();
+        let mut set = Vec::new();
+        for kept in rules {
+            let rule: Rule = kept.text.parse().map_err(|error| unreadable(&error))?;
+            let new = book.rule_slots.mark(kept.slot) && kept.outputs.iter().all(|slot| book.output_slots.mark(*slot));
+            if !new || kept.outputs.len() != rule.outputs.len() {
+                return Err(unreadable(&format!("the slots of {} can't be right", rule.id)));
+            }
+            let slots = Slots { slot: kept.slot, serial: kept.serial, outputs: kept.outputs.clone() };
+            book.slots.insert(rule.id.clone(), slots);
+            set.push(rule);
+        }
+        book.set = RuleSet::new(set).map_err(|error| unreadable(&error))?;
+        [book.rule_slots.next, book.output_slots.next] = [next[0].min(MAX_RULES), next[1].min(MAX_OUTPUTS)];
+        *self = book;
+        Ok(())
+    }
+
     /// Slots of a rule.
     pub fn slots(&self, id: &str) -> Option<&Slots> {
         self.slots.get(id)
@@ -224,6 +274,26 @@ mod tests {
 
     fn set(lines: &[&str]) -> RuleSet {
         RuleSet::new(lines.iter().map(|line| line.parse().unwrap()).collect()).unwrap()
+    }
+
+    #[test]
+    fn a_restored_book_goes_on_where_the_other_was() {
+        let rules = ["a 239.1.1.1:5000 -> b; id=x", "a 239.1.1.2:5000 -> b, c ttl=keep", "a 239.1.1.3:5000 -> b"];
+        let one = Book::default().with(set(&rules), 1).unwrap().with(set(&rules[1..]), 2).unwrap();
+        let (kept, next) = one.keep();
+        let mut two = Book::default();
+        two.restore(&kept, next).unwrap();
+        assert_eq!(two.keep(), (kept.clone(), next));
+        let [one, two] = [one, two].map(|book| book.with(set(&rules), 3).unwrap().keep());
+        assert_eq!(one, two, "the next rule gets the slots that it would have got");
+        let twice = [kept.clone(), kept.clone()].concat();
+        assert!(Book::default().restore(&twice, next).is_err());
+        let beyond = KeptRule { slot: u32::MAX, ..kept[0].clone() };
+        assert!(Book::default().restore(&[beyond], next).is_err());
+        let short = KeptRule { outputs: vec![], ..kept[0].clone() };
+        assert!(Book::default().restore(&[short], next).is_err());
+        let odd = KeptRule { text: "a rule?".into(), ..kept[0].clone() };
+        assert!(Book::default().restore(&[odd], [usize::MAX; 2]).is_err());
     }
 
     #[test]

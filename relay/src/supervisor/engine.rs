@@ -11,6 +11,7 @@ use super::features::Features;
 use super::fleet::Fleet;
 use super::interfaces::{Interface, Interfaces};
 use super::joins::{Holders, Joins};
+use super::keeping::{Estate, Keeper};
 use super::kernel_path::KernelPath;
 use super::locks::Lock;
 use super::loops::Loops;
@@ -20,6 +21,7 @@ use super::options::{BackendChoice, Options};
 use super::planning::{Decisions, Redirectable};
 use super::ports::{self, Ports, Way};
 use super::queries::Queries;
+use super::takeover::Inheritance;
 use super::update::Update;
 use super::view::View;
 use crate::control::message::{Request, Response};
@@ -36,7 +38,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// Between two looks at the workers' heartbeats when nothing happens.
@@ -99,26 +101,33 @@ pub struct Supervisor {
     stopping: bool,
     signals: SignalFd,
     notify: Notify,
+    pub(super) keeper: Option<Keeper>,
+    pub(super) estate: Estate,
 }
 
 fn failed<E: std::fmt::Display>(what: &'static str) -> impl Fn(E) -> RunError {
     move |error| RunError::failure(format!("{what}: {error}"))
 }
 
-/// Runs the relay until it is told to stop.
-pub fn run(options: Options) -> Result<(), RunError> {
+/// Runs the relay until it is told to stop. With an inheritance ([`super::takeover::begin`]) the rules in force stay in force.
+pub fn run(options: Options, inheritance: Option<Inheritance>) -> Result<(), RunError> {
     let set = load(&options)?;
     if let Err(error) = process::short_slice(SLICE) {
         tracing::debug!(%error, "scheduler slice kept");
     }
-    let mut supervisor = Supervisor::set_up(options)?;
-    supervisor.begin(set, None, Response::Done(String::new()))?;
+    let is_heir = inheritance.is_some();
+    let mut supervisor = Supervisor::set_up(options, inheritance)?;
+    if is_heir {
+        supervisor.resume(&set)?;
+    } else {
+        supervisor.begin(set, None, Response::Done(String::new()))?;
+    }
     drop_privileges()?;
     supervisor.forward()
 }
 
 /// Rules of the config file and of `--rule`.
-fn load(options: &Options) -> Result<RuleSet, RunError> {
+pub(super) fn load(options: &Options) -> Result<RuleSet, RunError> {
     let mut rules: Vec<Rule> = match &options.config {
         Some(path) => {
             let name = path.display().to_string();
@@ -141,7 +150,7 @@ fn drop_privileges() -> Result<(), RunError> {
     capabilities::retain(Set::SUPERVISOR).map_err(failed("capabilities"))
 }
 
-fn load_program(options: &Options) -> (Option<Program>, String) {
+pub(super) fn load_program(options: &Options) -> (Option<Program>, String) {
     if options.backend == BackendChoice::Packet {
         return (None, "--backend packet".into());
     }
@@ -151,22 +160,33 @@ fn load_program(options: &Options) -> (Option<Program>, String) {
     }
 }
 
+fn signals() -> Result<SignalFd, RunError> {
+    let mut set = SigSet::empty();
+    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().for_each(|signal| set.add(signal));
+    set.thread_block().map_err(failed("blocking signals"))?;
+    SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC).map_err(failed("signalfd"))
+}
+
+fn rules_segment() -> Result<(OwnedFd, RulesSegment), RunError> {
+    let rules = Segment::create_for_readers("relay-rules", RULES_LEN).map_err(failed("rules segment"))?;
+    let (fd, mapping) = rules.into_parts();
+    Ok((fd, RulesSegment::create(&mapping).map_err(failed("rules segment"))?))
+}
+
 impl Supervisor {
-    fn set_up(options: Options) -> Result<Self, RunError> {
-        let mut set = SigSet::empty();
-        [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().for_each(|signal| set.add(signal));
-        set.thread_block().map_err(failed("blocking signals"))?;
-        let signals = SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC).map_err(failed("signalfd"))?;
+    fn set_up(options: Options, mut inheritance: Option<Inheritance>) -> Result<Self, RunError> {
+        let signals = signals()?;
         let server = Server::bind(&options.socket).map_err(|error| RunError::bad("--socket", &error, error.hint()))?;
         let mut interfaces = Interfaces::open().map_err(failed("netlink"))?;
         let watch = Watch::open().map_err(failed("netlink"))?;
         let known = ports::known(&mut interfaces)?;
-        let rules = Segment::create_for_readers("relay-rules", RULES_LEN).map_err(failed("rules segment"))?;
-        let (rules_fd, mapping) = rules.into_parts();
-        let segment = RulesSegment::create(&mapping).map_err(failed("rules segment"))?;
-        let (fleet, umems) = Fleet::new(&options, rules_fd)?;
-        let (program, no_program) = load_program(&options);
-        let supervisor = Self {
+        let (rules_fd, segment) = rules_segment()?;
+        let (fleet, umems) = match &mut inheritance {
+            Some(inheritance) => inheritance.fleet(&options, rules_fd)?,
+            None => Fleet::new(&options, rules_fd)?,
+        };
+        let (program, no_program) = inheritance.as_mut().map_or_else(|| load_program(&options), Inheritance::program);
+        let mut supervisor = Self {
             options,
             server,
             interfaces,
@@ -208,16 +228,32 @@ impl Supervisor {
             stopping: false,
             signals,
             notify: Notify::from_environment(),
+            keeper: None,
+            estate: Estate::default(),
         };
-        supervisor.segment.publish(&Snapshot::default()).map_err(failed("rules segment"))?;
+        supervisor.settle(inheritance)?;
         Ok(supervisor)
+    }
+
+    /// In what another one left, or with nothing there yet.
+    fn settle(&mut self, inheritance: Option<Inheritance>) -> Result<(), RunError> {
+        if let Some(inheritance) = inheritance {
+            return self.settle_in(inheritance);
+        }
+        self.segment.publish(&Snapshot::default()).map_err(failed("rules segment"))?;
+        self.keeper = Keeper::new(self.options.linger, &self.options.socket, None)?;
+        Ok(())
     }
 
     /// The loop.
     fn forward(&mut self) -> Result<(), RunError> {
         while !self.stopping {
             let now = Instant::now();
-            self.fleet.start_due(now, &self.ports, &self.locks)?;
+            if self.fleet.start_due(now, &self.ports, &self.locks)? {
+                self.changed();
+            }
+            self.leave_estate(now);
+            self.keep(now);
             self.wait(now);
             self.signals();
             self.reload();
@@ -449,6 +485,7 @@ impl Supervisor {
     /// Detach, drain, stop, join (every wait bounded).
     fn stop(&mut self) {
         self.notify.stopping();
+        self.release_keeper();
         if let Some(program) = self.program.as_mut() {
             for (number, port) in self.ports.list().iter().enumerate().filter(|(_, port)| port.way == Way::Xsk && port.attached) {
                 ports::go_dark(program, number, port);

@@ -12,6 +12,10 @@
 //! A successor starts only after the pidfd of its predecessor is readable (ADOPTION.md: a word does not fence). Nothing
 //! here waits. Must never trust a status segment beyond its bounds.
 
+mod adopt;
+
+pub use adopt::KeptWorker;
+
 use super::backoff::Backoff;
 use super::channels::Meter;
 use super::error::RunError;
@@ -26,6 +30,7 @@ use crate::plan::work::WorkLayout;
 use crate::shm::{Access, Actor, ChannelStats, HeaderError, Liveness, Reader, Segment, State, Verdict, coarse_now, discovery};
 use crate::sys::Mapping;
 use crate::sys::process::{self, Child, Spawn};
+use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -95,6 +100,13 @@ pub struct Slot {
     backoff: Backoff,
 }
 
+/// Memory of a worker, new or another supervisor's.
+struct Memory {
+    umem: (OwnedFd, Arc<Mapping>),
+    work: OwnedFd,
+    status: (Arc<Segment>, StatusPage, Reader<FrameStats>),
+}
+
 /// All workers.
 pub struct Fleet {
     /// By number.
@@ -107,7 +119,6 @@ pub struct Fleet {
     io_uring: Engines,
     wait: WaitMode,
     heartbeat: Duration,
-    linger: Duration,
     cpus: Vec<usize>,
     frames: u32,
     start: Instant,
@@ -137,18 +148,31 @@ fn worker_user(asked: Option<&str>) -> Result<Option<(u32, u32)>, RunError> {
 impl Fleet {
     /// Memory for all workers; returns it with the UMEMs, which only the maker of sockets needs.
     pub fn new(options: &Options, rules: OwnedFd) -> Result<(Self, Vec<Umem>), RunError> {
+        let mut fleet = Self::empty(options, rules)?;
+        let mut umems = Vec::new();
+        // The kernel path alone needs no process.
+        let workers = if options.backend == BackendChoice::Kernel { 0 } else { options.workers };
+        for id in 0..workers {
+            let (slot, umem) = fleet.slot(id, fleet.memory()?)?;
+            fleet.slots.push(slot);
+            umems.push(umem);
+        }
+        Ok((fleet, umems))
+    }
+
+    fn empty(options: &Options, rules: OwnedFd) -> Result<Self, RunError> {
         use nix::fcntl::{OFlag, open};
         use nix::sys::stat::Mode;
         let executable =
             open("/proc/self/exe", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(failed("opening the executable"))?;
         let null = open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).map_err(failed("/dev/null"))?;
-        let mut fleet = Self {
+        Ok(Self {
             slots: Vec::new(),
             executable,
             null,
             rules,
             user: worker_user(options.worker_user.as_deref())?,
-            split: options.pipeline == PipelineChoice::Split || (options.pipeline == PipelineChoice::Auto && allowed_cpus(options) >= 3),
+            split: splits(options),
             wait: match options.wait {
                 WaitChoice::Spin => WaitMode::Spin,
                 WaitChoice::Adaptive => WaitMode::Adaptive,
@@ -156,30 +180,23 @@ impl Fleet {
             },
             io_uring: options.io_uring,
             heartbeat: options.heartbeat,
-            linger: options.linger,
             cpus: options.cpus.clone().unwrap_or_default(),
             frames: options.frames,
             start: Instant::now(),
-        };
-        let mut umems = Vec::new();
-        // The kernel path alone needs no process.
-        let workers = if options.backend == BackendChoice::Kernel { 0 } else { options.workers };
-        for id in 0..workers {
-            let (slot, umem) = fleet.slot(id)?;
-            fleet.slots.push(slot);
-            umems.push(umem);
-        }
-        Ok((fleet, umems))
+        })
     }
 
-    fn slot(&self, id: u32) -> Result<(Slot, Umem), RunError> {
+    fn memory(&self) -> Result<Memory, RunError> {
         let create = |name: &str, len| Segment::create(name, len).map(Segment::into_parts).map_err(RunError::failure);
-        let (umem, umem_mapping) = create("relay-umem", self.frames as usize * FRAME_SIZE as usize)?;
+        let umem = create("relay-umem", self.frames as usize * FRAME_SIZE as usize)?;
+        let (work, _) = create("relay-work", WorkLayout::new(self.frames, egress_capacity(self.frames, self.split)).len)?;
+        Ok(Memory { umem, work, status: StatusPage::create().map_err(RunError::failure)? })
+    }
+
+    fn slot(&self, id: u32, memory: Memory) -> Result<(Slot, Umem), RunError> {
+        let Memory { umem: (umem, umem_mapping), work, status: (status_segment, status, reports) } = memory;
         let egress_capacity = egress_capacity(self.frames, self.split);
-        let layout = WorkLayout::new(self.frames, egress_capacity);
-        let (work, _) = create("relay-work", layout.len)?;
         let (work, work_view) = Segment::join(work, Access::ReadOnly).map_err(RunError::failure)?.into_parts();
-        let (status_segment, status, reports) = StatusPage::create().map_err(RunError::failure)?;
         let tap = crate::plan::tap::create().map_err(RunError::failure)?;
         let mapping = Arc::into_inner(umem_mapping).ok_or_else(|| RunError::failure("UMEM mapped twice"))?;
         let slot = Slot {
@@ -230,15 +247,31 @@ impl Fleet {
     }
 
     /// Starts the processes whose time has come. They inherit the locks: while one of them lives, nobody else serves the
-    /// interfaces.
-    pub fn start_due(&mut self, now: Instant, ports: &Ports, locks: &[(u32, Lock)]) -> Result<(), RunError> {
+    /// interfaces. Returns whether there were any.
+    pub fn start_due(&mut self, now: Instant, ports: &Ports, locks: &[(u32, Lock)]) -> Result<bool, RunError> {
+        let mut any = false;
         for index in 0..self.slots.len() {
             let due = self.slots.get(index).is_some_and(|slot| matches!(slot.phase, Phase::Waiting(at) if now >= at));
             if due {
                 self.spawn(index, ports, locks)?;
+                any = true;
             }
         }
-        Ok(())
+        Ok(any)
+    }
+
+    /// Starts a keeper, as the workers' user.
+    pub fn start_keeper(&self, environment: &[(&str, String)], inherit: &[i32]) -> nix::Result<Child> {
+        let environment: Vec<CString> = environment.iter().map(|(name, value)| c_string(format!("{name}={value}"))).collect();
+        process::spawn(&Spawn {
+            executable: self.executable.as_fd(),
+            arguments: &[c_string("relay-keeper".into())],
+            environment: &environment,
+            user: self.user,
+            stderr: self.null.as_fd(),
+            inherit,
+            null: self.null.as_fd(),
+        })
     }
 
     /// When the next process is to start, or to be given up as hung.
@@ -277,7 +310,6 @@ impl Fleet {
             wait: self.wait,
             cpus,
             heartbeat_ms: self.heartbeat.as_millis() as u64,
-            linger_ms: self.linger.as_millis() as u64,
             ports: ports.manifest(index, self.frames),
             orphans: ports.orphans(index, self.frames),
         };
@@ -415,6 +447,11 @@ impl Fleet {
     }
 }
 
+/// Whether workers run two threads.
+pub fn splits(options: &Options) -> bool {
+    options.pipeline == PipelineChoice::Split || (options.pipeline == PipelineChoice::Auto && allowed_cpus(options) >= 3)
+}
+
 fn allowed_cpus(options: &Options) -> usize {
     match &options.cpus {
         Some(cpus) => cpus.len(),
@@ -533,11 +570,15 @@ impl Slot {
     /// Notes the end of the process, if it has ended.
     fn reap(&mut self, now: Instant, age: Duration) -> bool {
         let Some(child) = &self.child else { return false };
-        let status = match waitpid(Pid::from_raw(child.pid as i32), Some(WaitPidFlag::WNOHANG)) {
+        let (words, clean) = match waitpid(Pid::from_raw(child.pid as i32), Some(WaitPidFlag::WNOHANG)) {
+            // Another supervisor's child: how it ended is known to nobody but its status segment.
+            Err(Errno::ECHILD) if process::has_ended(child.pidfd.as_fd()) => {
+                let halted = self.status.header.state() == Some(State::Halt);
+                (if halted { "made way" } else { "ended without a supervisor" }.into(), halted)
+            }
             Ok(WaitStatus::StillAlive) | Err(_) => return false,
-            Ok(status) => status,
+            Ok(status) => describe(&status),
         };
-        let (words, clean) = describe(&status);
         if self.status.header.state() != Some(State::Halt) {
             // From any state, and from a word that is none; so it cannot be refused.
             let _ = self.status.header.become_state(State::Fail, Actor::Supervisor);

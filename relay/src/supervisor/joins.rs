@@ -9,7 +9,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, bind,
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// Groups a socket may be a member of: the default of `net.ipv4.igmp_max_memberships`.
 const GROUPS_PER_SOCKET: usize = 20;
@@ -137,6 +137,11 @@ impl Joins {
         self.join_all(here.into_iter())
     }
 
+    /// The sockets, by number.
+    pub fn sockets(&self) -> impl Iterator<Item = (u32, BorrowedFd<'_>)> {
+        self.members.iter().map(|(number, member)| (*number, member.socket.as_fd()))
+    }
+
     /// Sockets in use.
     pub fn socket_count(&self) -> usize {
         self.members.len()
@@ -216,6 +221,16 @@ impl Holders {
             }
         }
         refused
+    }
+
+    /// Takes a socket over that holds a port already.
+    pub fn adopt(&mut self, address: SocketAddr, socket: OwnedFd) {
+        self.sockets.insert(address, socket);
+    }
+
+    /// The sockets, by what they hold.
+    pub fn sockets(&self) -> impl Iterator<Item = (SocketAddr, BorrowedFd<'_>)> {
+        self.sockets.iter().map(|(address, socket)| (*address, socket.as_fd()))
     }
 
     /// Whether this port is held by us.

@@ -8,7 +8,7 @@
 //! in force.
 
 use super::error::RunError;
-use crate::nic::afxdp::program::{KernelTables, ProgramError, kernel::Install};
+use crate::nic::afxdp::program::{Counted, KernelTables, ProgramError, kernel::Install};
 use crate::plan::edit::{TTL_DEC, TTL_KEEP};
 use crate::plan::records::SnapshotRule;
 use relay_common::kernel::{
@@ -94,9 +94,7 @@ pub struct KernelPath {
     outputs: Ranges,
     /// Devices by place: interface, and whether entries carry the egress program.
     devices: BTreeMap<u32, (u32, bool)>,
-    /// Whose numbers stand in a slot's counters: serial by rule slot, (rule slot, serial) by output slot.
-    counted_rules: BTreeMap<u32, u32>,
-    counted_outputs: BTreeMap<u32, (u32, u32)>,
+    counted: Counted,
 }
 
 impl Default for KernelPath {
@@ -110,8 +108,7 @@ impl Default for KernelPath {
             plans: Ranges::new(MAX_PLANS),
             outputs: Ranges::new(MAX_PLAN_OUTPUTS),
             devices: BTreeMap::new(),
-            counted_rules: BTreeMap::new(),
-            counted_outputs: BTreeMap::new(),
+            counted: Counted::default(),
         }
     }
 }
@@ -171,6 +168,16 @@ impl KernelPath {
     /// Sets the target; [`Self::turn`] goes there.
     pub fn want(&mut self, target: Target) {
         self.target = target;
+    }
+
+    /// Whose numbers stand in the counters.
+    pub fn counted(&self) -> &Counted {
+        &self.counted
+    }
+
+    /// Goes on with the numbers of another's counters.
+    pub fn go_on_counting(&mut self, counted: Counted) {
+        self.counted = counted;
     }
 
     /// What is wanted now.
@@ -265,12 +272,12 @@ impl KernelPath {
     }
 
     fn reset_counters(&mut self, tables: &mut KernelTables, slot: u32, wanted: &Wanted) -> Result<(), ProgramError> {
-        if self.counted_rules.insert(slot, wanted.serial) != Some(wanted.serial) {
+        if self.counted.rules.insert(slot, wanted.serial) != Some(wanted.serial) {
             tables.reset_rule(slot)?;
             tables.forget_drops(|key| key.serial != wanted.serial && key.slot == slot);
         }
         for output in &wanted.outputs {
-            if self.counted_outputs.insert(output.slot, (slot, wanted.serial)) != Some((slot, wanted.serial)) {
+            if self.counted.outputs.insert(output.slot, (slot, wanted.serial)) != Some((slot, wanted.serial)) {
                 tables.reset_output(output.slot)?;
             }
         }
@@ -313,12 +320,12 @@ impl KernelPath {
 
     /// Whether a rule slot's counters are this rule's.
     pub fn counts(&self, slot: u32, serial: u32) -> bool {
-        self.counted_rules.get(&slot) == Some(&serial)
+        self.counted.rules.get(&slot) == Some(&serial)
     }
 
     /// Whether an output slot's counters are this rule's.
     pub fn counts_output(&self, output: u32, slot: u32, serial: u32) -> bool {
-        self.counted_outputs.get(&output) == Some(&(slot, serial))
+        self.counted.outputs.get(&output) == Some(&(slot, serial))
     }
 }
 

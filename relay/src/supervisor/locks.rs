@@ -1,6 +1,7 @@
 //! One relay per ingress interface of a network namespace: an abstract Unix socket is the lock.
 //!
-//! The kernel frees it with the last holder; workers inherit it, so that a living orphan blocks a start too (004.4).
+//! The kernel frees it with the last holder; workers inherit it and the keeper has it, so that living orphans block a start
+//! too (004.4).
 //! Must never leave anything in a file system.
 
 use super::error::RunError;
@@ -27,6 +28,14 @@ fn address(ifindex: u32) -> Result<UnixAddr, Errno> {
     UnixAddr::new_abstract(format!("relay-ingress-{ifindex}").as_bytes())
 }
 
+impl Lock {
+    /// Takes a lock over; from now on it bears this process's credentials.
+    pub fn adopt(fd: OwnedFd) -> Result<Self, Errno> {
+        listen(&fd, Backlog::new(1)?)?;
+        Ok(Self { fd })
+    }
+}
+
 /// Takes the lock of an interface, or says who holds it.
 pub fn take(ifindex: u32, name: &str) -> Result<Lock, RunError> {
     let begin = Instant::now();
@@ -46,7 +55,7 @@ pub fn take(ifindex: u32, name: &str) -> Result<Lock, RunError> {
             return Err(RunError::bad("ingress", format!("interface {name} is served by {maker} already"), hint));
         }
         if begin.elapsed() >= ORPHANS_LEAVE {
-            let hint = "wait until its --linger is over, or kill its workers";
+            let hint = "use --takeover, or wait until its --linger is over";
             return Err(RunError::bad("ingress", format!("interface {name} is served by orphans of {maker}"), hint));
         }
         std::thread::sleep(ORPHANS_LEAVE / 50);
@@ -77,7 +86,10 @@ mod tests {
         let refused = take(4_000_000_001, "test0").unwrap_err();
         assert!(refused.to_string().contains(&std::process::id().to_string()), "{refused}");
         assert_eq!(refused.exit_code(), 2);
+        let heir = Lock::adopt(first.fd.try_clone().unwrap()).unwrap();
         drop(first);
+        assert!(take(4_000_000_001, "test0").is_err(), "handed on");
+        drop(heir);
         take(4_000_000_001, "test0").unwrap();
     }
 }

@@ -11,8 +11,10 @@ pub mod engine;
 pub mod error;
 mod features;
 pub mod fleet;
+pub mod handover;
 pub mod interfaces;
 pub mod joins;
+pub mod keeping;
 mod kernel;
 pub mod kernel_path;
 pub mod locks;
@@ -27,6 +29,7 @@ mod planning;
 pub mod ports;
 pub mod queries;
 pub mod report;
+pub mod takeover;
 pub mod update;
 pub mod view;
 

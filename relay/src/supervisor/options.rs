@@ -95,6 +95,8 @@ pub struct Options {
     pub wait: WaitChoice,
     /// `--linger`.
     pub linger: Duration,
+    /// `--takeover`.
+    pub takeover: bool,
     /// `--socket`.
     pub socket: PathBuf,
     /// `--frames` per worker.

@@ -3,6 +3,10 @@
 //! A port is an interface and a way to drive it; it has one set of sockets for each worker (worker w owns queue w). A
 //! port's number never changes and is the same in every worker's manifest. Must never touch a ring or a packet.
 
+mod adopt;
+
+pub use adopt::KeptPort;
+
 use super::error::{DEGRADED, RunError};
 use super::interfaces::{Interface, Interfaces};
 use super::options::{BackendChoice, Options, XdpMode, ZeroCopyChoice};

@@ -76,6 +76,24 @@ impl Supervisor {
         self.start_update(self.book.set.clone(), None, Response::Done(String::new()), false)
     }
 
+    /// After a take-over: the rules in force stay in force, by this supervisor's program, memberships and workers. `given`: those of
+    /// the command line, which wait for SIGHUP.
+    pub(super) fn resume(&mut self, given: &RuleSet) -> Result<(), RunError> {
+        if !self.book.set.diff(given).is_empty() {
+            tracing::info!("the rules of the running relay stay; those of the command line are others: SIGHUP brings them in force");
+        }
+        let set = self.book.set.clone();
+        let locks = self.locks_for(set.rules())?;
+        self.locks.extend(locks);
+        let (book, compiled, decisions, _) = self.prepare(set, false)?;
+        self.fleet.relieve_all();
+        let (client, answer) = (None, Response::Done(String::new()));
+        self.update =
+            Some(Update { book, compiled, stage: Stage::Replacing, since: Instant::now(), client, answer, decisions, told: false });
+        self.advance();
+        Ok(())
+    }
+
     /// `strict`: what can't be opened is an error, not something to wait for.
     fn start_update(&mut self, set: RuleSet, client: Option<ClientToken>, answer: Response, strict: bool) -> Result<(), RunError> {
         let locks = self.locks_for(set.rules())?;
@@ -190,6 +208,7 @@ impl Supervisor {
         let steps = diff(&self.compiled, &update.compiled);
         self.apply_tables(steps)?;
         self.compiled = update.compiled.clone();
+        self.swap_program()?;
         self.release_kernel(update)?;
         if !self.leaves(&update.book) {
             return Ok(true);
@@ -344,6 +363,8 @@ impl Supervisor {
 
     fn finish(&mut self, update: Update) {
         self.retire(&update.book);
+        self.estate.until.get_or_insert_with(|| Instant::now() + GRACE);
+        self.changed();
         self.book = update.book;
         self.decisions = update.decisions;
         if self.ports.bury() {
@@ -363,6 +384,7 @@ impl Supervisor {
     /// An update that failed half-way: the tables and rules in force before are put back.
     fn abandon(&mut self, update: Update, error: &RunError) {
         tracing::error!(%error, "update failed: going back to the rules before");
+        self.changed();
         let steps = diff(&update.compiled, &self.compiled);
         for step in &steps {
             let config = self.config_of(step);

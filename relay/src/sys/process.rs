@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "fork, execveat, prctl, capset, pidfd_open")]
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -50,12 +51,22 @@ pub fn spawn(spawn: &Spawn<'_>) -> Result<Child, Errno> {
     if pid == 0 {
         become_child(spawn, &argv, &envp);
     }
+    Ok(Child { pid: pid as u32, pidfd: pidfd(pid as u32)? })
+}
+
+/// A descriptor of a process, close-on-exec.
+pub fn pidfd(pid: u32) -> Result<OwnedFd, Errno> {
     // SAFETY: pidfd_open has no memory arguments.
     let raw = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     let pidfd = Errno::result(raw as i32)?;
     // SAFETY: the descriptor is new and nobody else's.
-    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-    Ok(Child { pid: pid as u32, pidfd })
+    Ok(unsafe { OwnedFd::from_raw_fd(pidfd) })
+}
+
+/// Whether the process of a pidfd has ended, ours or not.
+pub fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
+    let mut polled = [PollFd::new(pidfd, PollFlags::POLLIN)];
+    poll(&mut polled, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
 /// `struct __user_cap_header_struct` and two empty `__user_cap_data_struct` (version 3).

@@ -124,7 +124,7 @@ struct Worker {
     crowded: bool,
     next_beat: Instant,
     next_life: Instant,
-    orphaned_at: Option<Instant>,
+    lot: Life,
     egress_turns: u64,
     port_counters: Vec<ReceiveCounters>,
 }
@@ -166,7 +166,7 @@ impl Worker {
             policy,
             next_beat: now,
             next_life: now,
-            orphaned_at: None,
+            lot: Life::Alive,
             egress_turns: 0,
             port_counters: Vec::new(),
         };
@@ -222,7 +222,7 @@ impl Worker {
     fn forward(&mut self) -> Result<(), RunError> {
         let mut until_look = TURNS_PER_LOOK;
         let mut idle_since = None;
-        while self.orders.command() == COMMAND_RUN && !self.is_orphaned() {
+        while self.orders.command() == COMMAND_RUN && self.lot == Life::Alive {
             let moved = self.turn(true)?;
             until_look -= 1;
             if moved > 0 && until_look > 0 {
@@ -234,8 +234,8 @@ impl Worker {
             if now >= self.next_life {
                 self.housekeeping(now);
             }
-            // An orphan that is to leave must not sleep first: nobody would wake it.
-            if moved == 0 && !self.is_orphaned() {
+            // One that is to leave must not sleep first: nobody would wake it.
+            if moved == 0 && self.lot == Life::Alive {
                 let since = *idle_since.get_or_insert(now);
                 self.sleep(now - since);
             } else {
@@ -283,8 +283,9 @@ impl Worker {
 
     fn housekeeping(&mut self, now: Instant) {
         self.next_life = now + LIFE_PERIOD;
-        if wait::life(&self.life) == Life::Orphaned {
-            self.orphaned_at.get_or_insert(now);
+        // Once told to leave, it leaves.
+        if self.lot == Life::Alive {
+            self.lot = wait::life(&self.life);
         }
         if now >= self.next_beat && self.pulse() {
             self.next_beat = now + Duration::from_millis(self.manifest.heartbeat_ms.max(1)) / 2;
@@ -326,10 +327,6 @@ impl Worker {
         }
     }
 
-    fn is_orphaned(&self) -> bool {
-        self.orphaned_at.is_some_and(|since| since.elapsed() >= Duration::from_millis(self.manifest.linger_ms))
-    }
-
     fn sleep(&mut self, idle: Duration) {
         let busy = match &mut self.pipeline {
             Pipeline::Fused(egress) => egress.is_busy(),
@@ -342,9 +339,7 @@ impl Worker {
             return;
         };
         let mut fds: Vec<BorrowedFd<'_>> = self.ingress.ports().iter().filter_map(|port| port.receive.as_fd()).collect();
-        if self.orphaned_at.is_none() {
-            fds.push(self.life.as_fd());
-        }
+        fds.push(self.life.as_fd());
         wait::sleep(&fds, bound);
         self.next_life = self.next_life.min(Instant::now());
     }
@@ -353,7 +348,7 @@ impl Worker {
     /// successor finds the rest in the RX ring or the socket) and sends what is in hand.
     fn drain(&mut self) -> Result<(), RunError> {
         let limit = Instant::now() + DRAIN_LIMIT;
-        let replaced = self.orders.command() == COMMAND_DRAIN || self.orphaned_at.is_some();
+        let replaced = self.orders.command() == COMMAND_DRAIN || self.lot != Life::Alive;
         self.status.commands.store(self.orders.stats().received as u32, Release);
         while !replaced && Instant::now() < limit && self.turn(true)? > 0 {}
         while replaced && Instant::now() < limit && !self.ingress.wind_up(&self.table) {

@@ -3,7 +3,7 @@
 //! The policy is pure (time is a parameter); the sleeping is one poll(). Must never sleep longer than the bound, whatever
 //! wakes it.
 
-use crate::plan::manifest::WaitMode;
+use crate::plan::manifest::{RELIEVE, WaitMode};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -49,19 +49,29 @@ pub fn sleep(fds: &[BorrowedFd<'_>], timeout: Duration) {
 pub enum Life {
     /// Nothing new, or a doorbell that has been read.
     Alive,
-    /// The supervisor is gone.
+    /// Nobody holds the other end any more: the supervisor is gone, and so is its keeper if it had one.
     Orphaned,
+    /// A supervisor that has not started this process asks it to make way for a successor ([`RELIEVE`]).
+    Relieved,
 }
+
+/// Packets read in one look; more are left to the next.
+const PACKETS: usize = 16;
 
 /// Reads the life socket without waiting.
 pub fn life(fd: &OwnedFd) -> Life {
     use nix::sys::socket::{MsgFlags, recv};
     use std::os::fd::AsRawFd;
     let mut bytes = [0; 64];
-    match recv(fd.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
-        Ok(0) => Life::Orphaned,
-        Ok(_) | Err(_) => Life::Alive,
+    for _ in 0..PACKETS {
+        match recv(fd.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
+            Ok(0) => return Life::Orphaned,
+            Ok(_) if bytes.first() == Some(&RELIEVE) => return Life::Relieved,
+            Ok(_) => {}
+            Err(_) => return Life::Alive,
+        }
     }
+    Life::Alive
 }
 
 /// Wakes the supervisor through the life socket; it looks at the status page then.
@@ -75,6 +85,20 @@ pub fn knock(fd: &OwnedFd) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_life_line_tells_a_doorbell_from_an_order_and_from_death() {
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        assert_eq!(life(&theirs), Life::Alive);
+        (0..3).for_each(|_| knock(&ours));
+        assert_eq!(life(&theirs), Life::Alive);
+        knock(&ours);
+        nix::unistd::write(&ours, &[RELIEVE]).unwrap();
+        assert_eq!(life(&theirs), Life::Relieved, "behind a doorbell");
+        drop(ours);
+        assert_eq!(life(&theirs), Life::Orphaned);
+    }
 
     #[test]
     fn only_an_idle_worker_sleeps_and_never_beyond_its_bound() {

@@ -7,7 +7,7 @@ use crate::source::Source;
 use crate::stats::words;
 
 /// A room of `relay/src` and the rooms it may name, in reading order.
-const ROOMS: [(&str, &[&str]); 17] = [
+const ROOMS: [(&str, &[&str]); 18] = [
     ("wire", &[]),
     ("rule", &["wire"]),
     ("config", &["rule", "wire"]),
@@ -20,7 +20,8 @@ const ROOMS: [(&str, &[&str]); 17] = [
     ("datapath", &["wire", "rule", "frame", "ring", "nic", "plan", "sys"]),
     ("control", &["rule", "shm", "plan", "sys"]),
     ("worker", &["wire", "rule", "frame", "ring", "shm", "nic", "plan", "datapath", "control", "sys"]),
-    ("supervisor", &["wire", "rule", "config", "frame", "ring", "shm", "nic", "plan", "control", "worker", "sys"]),
+    ("keeper", &["shm", "sys"]),
+    ("supervisor", &["wire", "rule", "config", "frame", "ring", "shm", "nic", "plan", "control", "worker", "keeper", "sys"]),
     ("lab", &["wire", "rule", "frame", "ring", "shm", "nic", "plan", "datapath", "control", "worker", "sys"]),
     ("doctor", &["wire", "rule", "frame", "nic", "plan", "control", "supervisor", "sys"]),
     ("metrics", &["control", "supervisor"]),

@@ -3,6 +3,7 @@
 //! The only production loader. Nothing is pinned: program, maps and links die with the last descriptor. Must never know
 //! a rule: the planner turns rules into keys. Every call is a handful of `bpf(2)` calls and none waits for a grace period.
 
+mod before;
 mod btf;
 mod error;
 pub mod kernel;
@@ -10,20 +11,22 @@ mod link;
 mod outcome;
 mod query;
 
+pub use before::Sums;
 pub use error::ProgramError;
-pub use kernel::KernelTables;
+pub use kernel::{Counted, KernelTables};
 pub use link::{Attachment, Mode};
 pub use query::{InterfaceXdp, interface_xdp, program_name as name_of};
 
-use aya::maps::{HashMap, LpmTrie, MapData, MapError, PerCpuArray, XskMap, lpm_trie::Key};
+use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, XskMap, lpm_trie::Key};
 use aya::programs::Xdp;
 use aya::{Ebpf, EbpfLoader};
+use before::{Before, COUNTERS, KERNEL_DROPS, OUTPUT_TX, REFUSED, RULE_RX};
 use relay_common::{
     CounterValue, IngressConfig, MAX_MATCHES, MAX_QUEUES, MAX_SOURCES, MatchEntry, MatchKey, SOURCE_KEY_BITS, SourceKey, SourceVerdict,
     XdpCounter,
 };
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// The production object.
 pub static RELAY_OBJECT: &[u8] = aya::include_bytes_aligned!("object/relay.bpf.o");
@@ -85,6 +88,8 @@ pub struct Program {
     sources: LpmTrie<MapData, SourceKey, SourceVerdict>,
     sockets: XskMap<MapData>,
     counters: PerCpuArray<MapData, CounterValue>,
+    counting: Vec<(&'static str, OwnedFd)>,
+    before: Before,
     diagnostics: Option<Box<dyn FnMut() + Send>>,
     rung: Rung,
     kernel: Result<KernelTables, String>,
@@ -112,11 +117,16 @@ impl Program {
         let diagnostics = if options.diagnostics { Some(logger(&mut ebpf)?) } else { None };
         Ok(Self {
             links: BTreeMap::new(),
+            counting: [COUNTERS, RULE_RX, OUTPUT_TX, REFUSED, KERNEL_DROPS]
+                .map(|name| duplicate(&ebpf, name))
+                .into_iter()
+                .collect::<Result<_, _>>()?,
+            before: Before::default(),
             ingress: map(&mut ebpf, "INGRESS")?,
             matches: map(&mut ebpf, "MATCHES")?,
             sources: map(&mut ebpf, "SOURCES")?,
             sockets: map(&mut ebpf, "XSKS")?,
-            counters: map(&mut ebpf, "COUNTERS")?,
+            counters: map(&mut ebpf, COUNTERS)?,
             diagnostics,
             kernel: kernel_tables(&mut ebpf, rung, refused),
             rung,
@@ -158,9 +168,19 @@ impl Program {
         Ok(attachment)
     }
 
+    /// Takes an interface over from another program of ours, through the link that holds it: no packet meets none or both.
+    pub fn take_over(&mut self, ifindex: u32, link: OwnedFd, mode: Mode) -> Result<Attachment, ProgramError> {
+        let before = interface_xdp(ifindex)?;
+        let link = link::Link::adopt(link, self.program()?, mode).map_err(|errno| attach_error(&before, mode, errno))?;
+        let attachment = link.confirm(&interface_xdp(ifindex)?)?;
+        self.links.insert(ifindex, link);
+        Ok(attachment)
+    }
+
     /// Detaches from an interface.
     pub fn detach(&mut self, ifindex: u32) -> Result<(), ProgramError> {
-        self.links.remove(&ifindex).map(drop).ok_or(ProgramError::NotAttached { ifindex })
+        let link = self.links.remove(&ifindex).ok_or(ProgramError::NotAttached { ifindex })?;
+        link.detach().map_err(|errno| ProgramError::Diagnostics(format!("detaching from interface {ifindex}: {errno}")))
     }
 
     /// Descriptors of all links by interface. Whoever holds one keeps the program attached.
@@ -208,17 +228,38 @@ impl Program {
         self.sockets.unset(index).map_err(on("XSKS", "clearing a socket"))
     }
 
-    /// One slot's counters, summed over the CPUs.
+    /// One slot's counters, summed over the CPUs, and what programs before this one have counted.
     pub fn counters(&self, slot: u32) -> Result<Counters, ProgramError> {
-        let mut sums = Counters::default();
-        for (sum, counter) in sums.iter_mut().zip(XdpCounter::ALL) {
-            let index = slot * XdpCounter::COUNT + *counter as u32;
-            for value in self.counters.get(&index, 0).map_err(on("COUNTERS", "reading a counter"))?.iter() {
-                sum.packets += value.packets;
-                sum.bytes += value.bytes;
-            }
-        }
+        let mut sums = self.before.interface(slot);
+        before::add_slot(&mut sums, &self.counters, slot)?;
         Ok(sums)
+    }
+
+    /// What programs before this one have counted: of the first `slots` interface slots, and of what the kernel path counts.
+    pub fn past(&self, slots: usize, counted: &Counted) -> Sums {
+        let pairs = |counters: Counters| counters.iter().map(|value| [value.packets, value.bytes]).collect();
+        let interfaces = (0..slots as u32).map(|slot| pairs(self.before.interface(slot))).collect();
+        self.kernel().map(|tables| tables.past(counted)).unwrap_or_default().with(interfaces)
+    }
+
+    /// The maps that count, by name: for whoever goes on counting.
+    pub fn counting(&self) -> impl Iterator<Item = (&'static str, BorrowedFd<'_>)> {
+        self.counting.iter().map(|(name, fd)| (*name, fd.as_fd()))
+    }
+
+    /// Links of the programs that count what is sent. Whoever holds one keeps its program attached.
+    pub fn watching(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.kernel.iter().flat_map(KernelTables::watching)
+    }
+
+    /// Goes on from the maps of another program of ours, and from what that one went on from.
+    pub fn go_on_counting(&mut self, maps: Vec<(String, OwnedFd)>, sums: Sums) -> Result<(), ProgramError> {
+        let (first, rest) = maps.into_iter().partition(|(name, _)| name == COUNTERS);
+        if let Ok(tables) = &mut self.kernel {
+            tables.go_on_counting(rest, sums.clone())?;
+        }
+        self.before = Before::new(first, sums)?;
+        Ok(())
     }
 
     /// Passes what the program logged on to the `log` crate. Nothing to do unless loaded with diagnostics.
@@ -232,6 +273,15 @@ impl Program {
     pub fn program(&mut self) -> Result<&mut Xdp, ProgramError> {
         xdp(&mut self.ebpf, self.rung.program)
     }
+}
+
+/// A further descriptor of a map that counts, before it is taken.
+fn duplicate(ebpf: &Ebpf, name: &'static str) -> Result<(&'static str, OwnedFd), ProgramError> {
+    let Some(Map::PerCpuArray(map) | Map::PerCpuHashMap(map)) = ebpf.map(name) else {
+        return Err(ProgramError::Missing { kind: "map", name });
+    };
+    let copy = map.fd().as_fd().try_clone_to_owned();
+    copy.map(|fd| (name, fd)).map_err(|error| ProgramError::Diagnostics(format!("map {name}: {error}")))
 }
 
 /// Creates the maps. No CO-RE relocation is in the object, so aya has no need of the kernel's own BTF.

@@ -3,14 +3,17 @@
 //! Calls that wait for an RCU grace period (filling a place of the map of maps) run on a thread of their own. Must never write
 //! a plan that is in force, nor an entry of a devmap that is in use for a broadcast.
 
+use super::before::{Before, KERNEL_DROPS, OUTPUT_TX, REFUSED, RULE_RX, Sums, plus};
 use super::outcome::{self, Watch};
 use super::{ProgramError, map, on, xdp};
 use aya::Ebpf;
 use aya::maps::{Array, ArrayOfMaps, DevMap, HashMap, Map, MapData, PerCpuArray, PerCpuHashMap, PerCpuValues};
 use aya::programs::ProgramFd;
 use relay_common::CounterValue;
-use relay_common::kernel::{DropKey, KernelOutput, KernelPlan, PlanDevice};
+use relay_common::kernel::{DropKey, KernelOutput, KernelPlan, MAX_DEVICES, PlanDevice};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -41,8 +44,19 @@ impl Install {
     }
 }
 
+/// Whose numbers stand in a slot's counters: serial by rule slot, (rule slot, serial) by output slot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Counted {
+    /// Rules.
+    pub rules: BTreeMap<u32, u32>,
+    /// Outputs.
+    pub outputs: BTreeMap<u32, (u32, u32)>,
+}
+
 /// The tables.
 pub struct KernelTables {
+    before: Before,
     watch: Watch,
     egress: ProgramFd,
     cpus: usize,
@@ -70,6 +84,7 @@ impl KernelTables {
         };
         let cpus = aya::util::nr_cpus().map_err(|(what, error)| ProgramError::Diagnostics(format!("{what}: {error}")))?;
         Ok(Self {
+            before: Before::default(),
             watch: outcome::load(ebpf)?,
             egress,
             cpus,
@@ -80,16 +95,40 @@ impl KernelTables {
             devices: map(ebpf, "DEVICES")?,
             device_of: map(ebpf, "DEVICE_OF")?,
             plan_devices: map(ebpf, "PLAN_DEVICES")?,
-            rule_rx: map(ebpf, "RULE_RX")?,
-            output_tx: map(ebpf, "OUTPUT_TX")?,
-            refused: map(ebpf, "REFUSED")?,
-            drops: map(ebpf, "KERNEL_DROPS")?,
+            rule_rx: map(ebpf, RULE_RX)?,
+            output_tx: map(ebpf, OUTPUT_TX)?,
+            refused: map(ebpf, REFUSED)?,
+            drops: map(ebpf, KERNEL_DROPS)?,
         })
     }
 
     /// Attaches or detaches the programs that count what is sent.
     pub(super) fn watch(&mut self, ebpf: &mut Ebpf, on: bool) -> Result<(), ProgramError> {
         self.watch.set(ebpf, on)
+    }
+
+    /// The attachments of those programs.
+    pub(super) fn watching(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.watch.descriptors()
+    }
+
+    /// Adds what another program has counted, and what that one went on from.
+    pub(super) fn go_on_counting(&mut self, maps: Vec<(String, OwnedFd)>, sums: Sums) -> Result<(), ProgramError> {
+        self.before = Before::new(maps, sums)?;
+        Ok(())
+    }
+
+    /// What programs before this one have counted.
+    pub(super) fn past(&self, counted: &Counted) -> Sums {
+        let pair = |value: CounterValue| [value.packets, value.bytes];
+        let drops = self.before.drops().into_iter();
+        Sums {
+            interfaces: Vec::new(),
+            rules: counted.rules.keys().map(|slot| (*slot, pair(self.before.rule(*slot)))).collect(),
+            outputs: counted.outputs.keys().map(|slot| (*slot, pair(self.before.output(*slot)))).collect(),
+            refused: (0..MAX_DEVICES).map(|device| (device, self.before.refused(device))).filter(|(_, count)| *count > 0).collect(),
+            drops: drops.map(|(key, value)| ([key.slot, key.serial, key.kind.into(), key.reason.into()], pair(value))).collect(),
+        }
     }
 
     fn everywhere<T: aya::Pod>(&self, value: T) -> Result<PerCpuValues<T>, ProgramError> {
@@ -157,34 +196,41 @@ impl KernelTables {
 
     /// Packets a rule took on this path.
     pub fn rule_rx(&self, slot: u32) -> CounterValue {
-        total(&self.rule_rx, slot)
+        plus(total(&self.rule_rx, slot), self.before.rule(slot))
     }
 
     /// Packets sent for an output.
     pub fn output_tx(&self, slot: u32) -> CounterValue {
-        total(&self.output_tx, slot)
+        plus(total(&self.output_tx, slot), self.before.output(slot))
     }
 
     /// Packets that a device would not take.
     pub fn refused(&self, device: u32) -> u64 {
-        self.refused.get(&device, 0).map(|values| values.iter().sum()).unwrap_or_default()
+        self.refused.get(&device, 0).map(|values| values.iter().sum()).unwrap_or(0) + self.before.refused(device)
     }
 
     /// A rule slot counts from 0.
     pub fn reset_rule(&mut self, slot: u32) -> Result<(), ProgramError> {
         let zeros = self.everywhere(CounterValue::default())?;
+        self.before.forget_rule(slot);
         self.rule_rx.set(slot, zeros, 0).map_err(on("RULE_RX", "resetting a counter"))
     }
 
     /// An output slot counts from 0.
     pub fn reset_output(&mut self, slot: u32) -> Result<(), ProgramError> {
         let zeros = self.everywhere(CounterValue::default())?;
+        self.before.forget_output(slot);
         self.output_tx.set(slot, zeros, 0).map_err(on("OUTPUT_TX", "resetting a counter"))
     }
 
     /// All drops.
     pub fn drops(&self) -> Drops {
-        self.drops.iter().flatten().map(|(key, values)| (key, sum(&values))).collect()
+        let mut drops = self.before.drops();
+        for (key, values) in self.drops.iter().flatten() {
+            let so_far = drops.entry(key).or_default();
+            *so_far = plus(*so_far, sum(&values));
+        }
+        drops
     }
 
     /// Forgets drops of rules that are no more.
@@ -197,12 +243,12 @@ impl KernelTables {
     }
 }
 
-fn sum(values: &PerCpuValues<CounterValue>) -> CounterValue {
+pub(super) fn sum(values: &PerCpuValues<CounterValue>) -> CounterValue {
     values
         .iter()
         .fold(CounterValue::default(), |sum, one| CounterValue { packets: sum.packets + one.packets, bytes: sum.bytes + one.bytes })
 }
 
-fn total(map: &PerCpuArray<MapData, CounterValue>, index: u32) -> CounterValue {
+pub(super) fn total(map: &PerCpuArray<MapData, CounterValue>, index: u32) -> CounterValue {
     map.get(&index, 0).map(|values| sum(&values)).unwrap_or_default()
 }

@@ -3,16 +3,17 @@
 //! They read one field of a kernel structure, whose place is asked of the kernel's BTF. Must never let the kernel path run
 //! where they can't: what it counts would be wrong.
 
-use super::{ProgramError, btf};
+use super::{ProgramError, btf, link};
 use aya::Ebpf;
 use aya::programs::RawTracePoint;
-use aya::programs::raw_trace_point::RawTracePointLink;
+use std::ffi::CStr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 
 const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
 /// Programs and the tracepoints they are for.
-const WATCHERS: [(&str, &str); 3] =
-    [("relay_flushed", "xdp_devmap_xmit"), ("relay_refused", "xdp_redirect_err"), ("relay_polled", "napi_poll")];
+const WATCHERS: [(&str, &CStr); 3] =
+    [("relay_flushed", c"xdp_devmap_xmit"), ("relay_refused", c"xdp_redirect_err"), ("relay_polled", c"napi_poll")];
 
 /// Where `struct net_device` has its `ifindex`, in bytes, if the kernel says.
 pub(super) fn ifindex_offset() -> Option<u32> {
@@ -40,9 +41,14 @@ fn watcher<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut RawTrac
 
 /// The attachments; none: nothing is counted.
 #[derive(Debug, Default)]
-pub(super) struct Watch(Vec<RawTracePointLink>);
+pub(super) struct Watch(Vec<OwnedFd>);
 
 impl Watch {
+    /// Whoever holds one of these keeps its program attached.
+    pub(super) fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.0.iter().map(AsFd::as_fd)
+    }
+
     /// Attaches all, or detaches all. All or nothing.
     pub(super) fn set(&mut self, ebpf: &mut Ebpf, on: bool) -> Result<(), ProgramError> {
         if on == self.0.is_empty() {
@@ -52,11 +58,11 @@ impl Watch {
     }
 }
 
-fn attach(ebpf: &mut Ebpf) -> Result<Vec<RawTracePointLink>, ProgramError> {
-    let attach = |(name, tracepoint): (&'static str, &str)| {
-        let program = watcher(ebpf, name)?;
-        let link = program.attach(tracepoint).and_then(|id| program.take_link(id));
-        link.map_err(|error| ProgramError::Diagnostics(format!("tracepoint {tracepoint}: {error}")))
+fn attach(ebpf: &mut Ebpf) -> Result<Vec<OwnedFd>, ProgramError> {
+    let attach = |(name, tracepoint): (&'static str, &CStr)| {
+        let program = watcher(ebpf, name)?.fd().map_err(|error| ProgramError::load(name, error))?;
+        let link = link::attach_tracepoint(tracepoint, program.as_fd());
+        link.map_err(|errno| ProgramError::Diagnostics(format!("tracepoint {}: {errno}", tracepoint.to_string_lossy())))
     };
     WATCHERS.into_iter().map(attach).collect()
 }

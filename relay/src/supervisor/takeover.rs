@@ -1,0 +1,235 @@
+//! `--takeover`: a new supervisor in the place of one that is dead or alive, without losing a packet.
+//!
+//! ```text
+//! ask the keeper ─ check versions, options, interfaces; try to map everything; load the program ─── nothing has changed so far
+//!  └▶ end the old supervisor (SIGKILL: death and upgrade are one path) ─ ask again ─ a keeper of our own ─ release the old one
+//!      └▶ relieve the workers: each drains and has a successor on the same sockets, journal, counters
+//!          └▶ the update of every start: rules published, sockets and tables filled, memberships made ─ program swapped in the links
+//! ```
+//! Must never change anything before everything that can be refused has been checked.
+
+use super::engine::{self, Supervisor};
+use super::error::RunError;
+use super::fleet::Fleet;
+use super::handover::{Handover, HandoverError};
+use super::interfaces::{Interface, Interfaces};
+use super::keeping::{Estate, Keeper};
+use super::locks::Lock;
+use super::options::Options;
+use super::ports::{self, Ports};
+use crate::frame::Umem;
+use crate::keeper::{self, Client, ClientError, Role, Table, TableError};
+use crate::nic::afxdp::program::{Mode, Program};
+use crate::plan::records::{RulesSegment, Snapshot};
+use crate::shm::{Access, Segment};
+use crate::sys::process;
+use nix::sys::signal::Signal;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// The end of a process that was killed, or asked to stop.
+const ENDS_WITHIN: Duration = Duration::from_secs(5);
+
+/// What a successor begins with.
+pub struct Inheritance {
+    keeper: Client,
+    table: Table,
+    handover: Handover,
+    program: (Option<Program>, String),
+}
+
+/// Why there is nothing to go on with.
+enum Unfit {
+    /// To be reported; the running relay goes on.
+    Refused(RunError),
+    /// Another build, or a world that has changed: a clean start can't do worse.
+    Incompatible(String),
+}
+
+impl From<RunError> for Unfit {
+    fn from(error: RunError) -> Self {
+        Self::Refused(error)
+    }
+}
+
+impl From<HandoverError> for Unfit {
+    fn from(error: HandoverError) -> Self {
+        Self::Incompatible(error.to_string())
+    }
+}
+
+impl From<TableError> for Unfit {
+    fn from(error: TableError) -> Self {
+        Self::Incompatible(error.to_string())
+    }
+}
+
+impl From<ClientError> for Unfit {
+    fn from(error: ClientError) -> Self {
+        match error {
+            ClientError::Table(error) => error.into(),
+            other => Self::Refused(RunError::bad("--takeover", other, "run as root, or as the user of the running relay")),
+        }
+    }
+}
+
+/// Takes the relay with the same control socket over, if there is one. After this nothing of it supervises any more; its workers
+/// and its program forward on. `None`: there was none, or it was ended since nothing can be gone on with.
+pub fn begin(options: &Options) -> Result<Option<Inheritance>, RunError> {
+    engine::load(options)?;
+    let connected = keeper::connect(&options.socket);
+    let Some(keeper) = connected.map_err(|error| RunError::bad("--takeover", error, "name the socket of your own relay with --socket"))?
+    else {
+        tracing::info!(socket = %options.socket.display(), "no relay to take over (one without --linger can't be): an ordinary start");
+        return Ok(None);
+    };
+    match prepare(&keeper, options) {
+        Ok(program) => seize(keeper, program).map(Some),
+        Err(Unfit::Refused(error)) => Err(error),
+        Err(Unfit::Incompatible(why)) => {
+            tracing::warn!(%why, "can't go on with the running relay: it is ended, and this one starts clean");
+            end(keeper).map(|()| None)
+        }
+    }
+}
+
+/// Everything that can be refused. Changes nothing.
+fn prepare(keeper: &Client, options: &Options) -> Result<(Option<Program>, String), Unfit> {
+    let mut table = keeper.table()?;
+    let handover = Handover::read(table.take(Role::Blob, "")?)?;
+    if let Some((option, theirs)) = handover.disagreement(options) {
+        let hint = format!("take over with {option} {theirs}; to change it, stop the relay and start another");
+        return Err(RunError::bad(&option, format!("the running relay has {option} {theirs}"), hint).into());
+    }
+    let known = known()?;
+    if let Some(port) = handover.ports.iter().find(|port| !port.is_unchanged(&known)) {
+        return Err(Unfit::Incompatible(format!("interface {} has gone or come since", port.name)));
+    }
+    let incompatible = |error: RunError| Unfit::Incompatible(error.to_string());
+    let rules = table.take(Role::Rules, "")?;
+    snapshots(rules.try_clone().map_err(RunError::failure)?).map_err(incompatible)?;
+    Fleet::adopt(options, rules, &mut table, &handover.workers).map_err(incompatible)?;
+    Ports::adopt(options, &mut table, &handover, &known).map_err(incompatible)?;
+    Ok(engine::load_program(options))
+}
+
+fn known() -> Result<BTreeMap<String, Interface>, RunError> {
+    let mut interfaces = Interfaces::open().map_err(|error| RunError::failure(format!("netlink: {error}")))?;
+    ports::known(&mut interfaces)
+}
+
+/// Ends the old supervisor if it lives, and takes what its keeper has then.
+fn seize(keeper: Client, program: (Option<Program>, String)) -> Result<Inheritance, RunError> {
+    let failed = |error: ClientError| RunError::failure(error).with_hint("try again while the workers linger");
+    let missing = |error: TableError| RunError::failure(error);
+    let mut table = keeper.table().map_err(failed)?;
+    let old = table.take(Role::Supervisor, "").map_err(missing)?;
+    if !process::has_ended(old.as_fd()) {
+        tracing::info!(pid = keeper.supervisor, "ending the supervisor; its workers forward on");
+        process::signal(old.as_fd(), Signal::SIGKILL).map_err(|errno| RunError::failure(format!("ending the supervisor: {errno}")))?;
+        wait_for("the supervisor did not end", || process::has_ended(old.as_fd()))?;
+        table = keeper.table().map_err(failed)?;
+    }
+    let handover = table.take(Role::Blob, "").map_err(missing).and_then(|blob| Handover::read(blob).map_err(RunError::failure))?;
+    Ok(Inheritance { keeper, table, handover, program })
+}
+
+/// Ends the whole relay: as it ends by SIGTERM if it has a supervisor, else by its keeper's going.
+fn end(keeper: Client) -> Result<(), RunError> {
+    let unknown = |error: &dyn std::fmt::Display| {
+        RunError::bad("--takeover", error, "stop the running relay, then start this one without --takeover")
+    };
+    let mut table = keeper.table().map_err(|error| unknown(&error))?;
+    let old = table.take(Role::Supervisor, "").map_err(|error| unknown(&error))?;
+    drop(table);
+    if process::has_ended(old.as_fd()) {
+        return keeper.release().map_err(RunError::failure);
+    }
+    process::signal(old.as_fd(), Signal::SIGTERM).map_err(|errno| RunError::failure(format!("stopping the running relay: {errno}")))?;
+    wait_for("the running relay did not stop", || process::has_ended(old.as_fd()))
+}
+
+fn wait_for(what: &str, done: impl Fn() -> bool) -> Result<(), RunError> {
+    let begin = Instant::now();
+    while !done() {
+        if begin.elapsed() > ENDS_WITHIN {
+            return Err(RunError::failure(what));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+/// What stands in a predecessor's rules segment: the epoch in force, and the one before if it is still there (a journal may name it).
+fn snapshots(fd: OwnedFd) -> Result<Vec<Snapshot>, RunError> {
+    let segment = Segment::join(fd, Access::ReadOnly).and_then(|segment| segment.at_least(crate::plan::records::RULES_LEN));
+    let (_, mapping) = segment.map_err(RunError::failure)?.into_parts();
+    let segment = RulesSegment::join(&mapping).map_err(RunError::failure)?;
+    let epoch = segment.epoch();
+    let mut found: Vec<Snapshot> = segment.read(epoch.wrapping_sub(1)).into_iter().collect();
+    found.push(segment.read(epoch).map_err(RunError::failure)?);
+    Ok(found)
+}
+
+impl Inheritance {
+    /// The workers with their memory.
+    pub(super) fn fleet(&mut self, options: &Options, rules: OwnedFd) -> Result<(Fleet, Vec<Umem>), RunError> {
+        Fleet::adopt(options, rules, &mut self.table, &self.handover.workers)
+    }
+
+    /// The program that was loaded for this.
+    pub(super) fn program(&mut self) -> (Option<Program>, String) {
+        std::mem::take(&mut self.program)
+    }
+}
+
+impl Supervisor {
+    /// Moves in: ports, rules, locks, counters, what else is left.
+    pub(super) fn settle_in(&mut self, inheritance: Inheritance) -> Result<(), RunError> {
+        let Inheritance { keeper, mut table, handover, program: _ } = inheritance;
+        let missing = |error: TableError| RunError::failure(error);
+        for snapshot in snapshots(table.take(Role::Rules, "").map_err(missing)?)? {
+            self.segment.publish(&snapshot).map_err(RunError::failure)?;
+            (self.epoch, self.published) = (snapshot.epoch, snapshot);
+        }
+        self.ports = Ports::adopt(&self.options, &mut table, &handover, &self.known)?;
+        self.book.restore(&handover.rules, handover.next_slots)?;
+        for (key, fd) in table.take_all(Role::Lock) {
+            let ifindex = number(&key)?;
+            self.locks
+                .push((ifindex, Lock::adopt(fd).map_err(|errno| RunError::failure(format!("lock of interface {ifindex}: {errno}")))?));
+        }
+        for (key, fd) in table.take_all(Role::Holder) {
+            let address: SocketAddr = key.parse().map_err(|_| RunError::failure(format!("{key} is no address")))?;
+            self.holders.adopt(address, fd);
+        }
+        if let Some(program) = &mut self.program {
+            program.go_on_counting(table.take_all(Role::Counters), handover.sums).map_err(RunError::failure)?;
+            self.kernel_path.go_on_counting(handover.counted);
+        }
+        let links = table.take_all(Role::Link).into_iter().map(|(key, fd)| number(&key).map(|ifindex| (ifindex, fd)));
+        let links: BTreeMap<u32, OwnedFd> = links.collect::<Result<_, _>>()?;
+        self.retired = handover.retired;
+        self.keeper = Keeper::new(self.options.linger, &self.options.socket, table.take(Role::Listener, "").ok())?;
+        tracing::info!(from = keeper.supervisor, rules = handover.rules.len(), workers = handover.workers.len(), "relay taken over");
+        self.estate = Estate { links, rest: table, until: None, keeper: Some(keeper) };
+        Ok(())
+    }
+
+    /// Puts our program in the place of the predecessor's, interface by interface.
+    pub(super) fn swap_program(&mut self) -> Result<(), RunError> {
+        let Some(program) = self.program.as_mut() else { return Ok(()) };
+        let mode = if self.options.xdp_mode == super::options::XdpMode::Generic { Mode::Generic } else { Mode::Native };
+        while let Some((ifindex, link)) = self.estate.links.pop_first() {
+            let attachment = program.take_over(ifindex, link, mode).map_err(RunError::failure)?;
+            tracing::info!(ifindex, program = attachment.program_id, "XDP program swapped");
+        }
+        Ok(())
+    }
+}
+
+fn number(key: &str) -> Result<u32, RunError> {
+    key.parse().map_err(|_| RunError::failure(format!("{key} is no interface index")))
+}
