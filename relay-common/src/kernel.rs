@@ -40,6 +40,8 @@ pub const COPIES_SLOTS: u32 = 256;
 pub const QUEUE_SLOTS: u32 = 32;
 /// The index of a redirect to all devices of a map, which looks at none: no index of `DEVICES`.
 pub const EVERY_DEVICE: u32 = u32::MAX;
+/// Places of `FLOWS` on each CPU, a power of two.
+pub const FLOW_SLOTS: u32 = 16_384;
 /// Entries of `KERNEL_DROPS`.
 pub const MAX_DROP_KEYS: u32 = 65_536;
 
@@ -135,6 +137,28 @@ pub struct Span {
     pub settled: u32,
 }
 
+/// A flow whose packets the XDP program has carried, untagged IPv4, network order: what to do with the next. 32 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KnownFlow {
+    /// The tables' generation that this was found in (map `GENERATION`); 0: an empty place.
+    pub generation: u32,
+    /// Ingress interface.
+    pub ifindex: u32,
+    /// Source.
+    pub src: u32,
+    /// Destination.
+    pub dst: u32,
+    /// Destination port, network order in the low 16 bits.
+    pub port: u32,
+    /// Number of the plan.
+    pub plan: u32,
+    /// [`crate::IngressConfig::slot`].
+    pub interface: u32,
+    /// Always 0.
+    pub zero: u32,
+}
+
 /// A packet on its way into a device. 12 bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -227,6 +251,7 @@ const _: () = {
     assert!(size_of::<PlanDevice>() == 8);
     assert!(size_of::<Copies>() == 40);
     assert!(size_of::<Span>() == 8);
+    assert!(size_of::<KnownFlow>() == 32);
     assert!(size_of::<Queued>() == 12);
     assert!(size_of::<Queue>() == 392);
     assert!(size_of::<DropKey>() == 12);

@@ -4,7 +4,7 @@
 #![expect(unsafe_code, reason = "packet memory is reached through the context's addresses and the kernel's helpers")]
 
 use aya_ebpf::{EbpfContext as _, Global, bindings::xdp_md, helpers, programs::XdpContext};
-use core::mem::MaybeUninit;
+use core::{hint::black_box, mem::MaybeUninit};
 
 /// 1: the kernel has `bpf_xdp_get_buff_len` and `bpf_xdp_load_bytes` (5.18). The loader writes 0 for an older one; the
 /// verifier knows the value and never looks at the branch that is not taken.
@@ -71,6 +71,18 @@ impl<'a> Packet<'a> {
             return None;
         }
         Some(at as *mut [u8; N])
+    }
+
+    /// The address of a `T`, which need not be aligned, at an `offset` that varies from packet to packet. Kept from the optimiser:
+    /// it would compare the end with another sum than the one that is read by, and the verifier knows the two are one only
+    /// where they are. Takes CAP_PERFMON.
+    #[inline(always)]
+    pub fn place_at<T>(&self, offset: usize) -> Option<*mut T> {
+        let at = black_box(self.data + offset);
+        if at + size_of::<T>() > self.end {
+            return None;
+        }
+        Some(at as *mut T)
     }
 
     /// Whether all of the packet stands in one buffer. `len`: bytes of the whole packet.

@@ -88,7 +88,7 @@ pub fn inspect<const L3: usize>(ctx: &XdpContext, header: &Header, family: u8, l
     if !header.intact {
         return Err(BAD_IP_CHECKSUM);
     }
-    if source_is_multicast(header, family) {
+    if source_is_multicast(header.src[0], family) {
         return Err(MULTICAST_SOURCE);
     }
     let fixed = if family == 4 { 20 } else { 40 };
@@ -116,11 +116,11 @@ fn word<const N: usize>(bytes: &[u8; N], at: usize) -> u32 {
     u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
-/// A group or the limited broadcast address as source.
+/// A group or the limited broadcast address as source, by its first word.
 #[inline(always)]
-fn source_is_multicast(header: &Header, family: u8) -> bool {
-    let [first, ..] = header.src[0].to_ne_bytes();
-    if family == 4 { first & 0xf0 == 0xe0 || header.src[0] == u32::MAX } else { first == 0xff }
+pub fn source_is_multicast(src: u32, family: u8) -> bool {
+    let [first, ..] = src.to_ne_bytes();
+    if family == 4 { first & 0xf0 == 0xe0 || src == u32::MAX } else { first == 0xff }
 }
 
 /// Sum of `len` bytes at `at`; `None` where they are not all there.

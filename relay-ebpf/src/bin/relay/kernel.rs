@@ -63,10 +63,28 @@ pub(crate) fn plan(rule: &SourceVerdict) -> Option<&'static KernelPlan> {
     (plan.slot == rule.slot && plan.serial == rule.serial).then_some(plan)
 }
 
+/// A plan by its number.
+#[inline(always)]
+pub(crate) fn plan_of(number: u32) -> Option<&'static KernelPlan> {
+    PLANS.get(number)
+}
+
+/// Chooses an output's device, if there is one: the XDP action.
+#[inline(always)]
+pub(crate) fn redirect(output: &KernelOutput) -> Option<u32> {
+    DEVICES.redirect(output.device, u64::from(XDP_DROP)).ok()
+}
+
+/// A rule has taken a packet.
+#[inline(always)]
+pub(crate) fn count_rule(slot: u32, len: u32) {
+    packet::add(RULE_RX.get_ptr_mut(slot), len);
+}
+
 /// Carries a packet: the XDP action.
 #[inline(always)]
 pub(crate) fn carry(ctx: &XdpContext, config: &IngressConfig, plan: &KernelPlan, number: u32, len: u32) -> u32 {
-    packet::add(RULE_RX.get_ptr_mut(plan.slot), len);
+    count_rule(plan.slot, len);
     let packet = Packet::new(ctx);
     let fate = if !is_tag(&packet, 12) {
         send::<14>(ctx, config, plan, number, len)
@@ -172,16 +190,16 @@ extern "C" fn look_at_each(number: u32, ttl: u32, l3_len: u32, len: u32, lost: u
 /// Rewrites the packet and sends it. The device first: where there is none, nothing has been changed.
 #[inline(always)]
 fn send_only<const L3: usize, const FAMILY: u8>(ctx: &XdpContext, plan: &KernelPlan, output: &KernelOutput, len: u32) -> u32 {
-    if DEVICES.redirect(output.device, u64::from(XDP_DROP)).is_err() {
+    let Some(action) = redirect(output) else {
         outcome::refused(output.device, &Queued { slot: output.slot, serial: plan.serial, len });
         return XDP_DROP;
-    }
+    };
     if !rewrite::<L3, FAMILY>(ctx, &output.edit) {
         drop_for(DROP_OF_OUTPUT.into(), output.slot, plan.serial, NO_HEADROOM.into(), len);
         return XDP_DROP;
     }
     outcome::entered(output.device, Queued { slot: output.slot, serial: plan.serial, len: sent_len(ctx) });
-    XDP_REDIRECT
+    action
 }
 
 #[inline(always)]

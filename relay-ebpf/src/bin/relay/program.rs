@@ -5,7 +5,7 @@
 //! open).
 #![expect(unsafe_code, reason = "exported names and sections; map values are borrowed from the kernel")]
 
-use crate::kernel;
+use crate::{flow, kernel};
 use aya_ebpf::{
     bindings::xdp_action::{XDP_PASS, XDP_REDIRECT},
     btf_maps::{HashMap, LpmTrie, PerCpuArray, XskMap, lpm_trie::Key},
@@ -53,6 +53,9 @@ fn relay_single(ctx: XdpContext) -> u32 {
 
 #[inline(always)]
 fn handle<const KERNEL: bool>(ctx: &XdpContext) -> u32 {
+    if KERNEL && let Some(action) = flow::carry(ctx) {
+        return action;
+    }
     let len = Packet::new(ctx).len();
     let ifindex = ctx.ingress_ifindex() as u32;
     // SAFETY: the supervisor writes an entry before it attaches and only replaces it as a whole; a torn read costs a PASS or a miss.
@@ -69,6 +72,7 @@ fn handle<const KERNEL: bool>(ctx: &XdpContext) -> u32 {
 /// The counter of a packet and the action for it.
 #[inline(always)]
 fn decide<const KERNEL: bool>(ctx: &XdpContext, config: &IngressConfig, ifindex: u32, len: u32) -> (XdpCounter, u32) {
+    let generation = if KERNEL { flow::generation() } else { 0 };
     let flow = match parse::flow(&Packet::new(ctx), len) {
         Ok(flow) => flow,
         Err(reason) => return (reason, XDP_PASS),
@@ -84,7 +88,9 @@ fn decide<const KERNEL: bool>(ctx: &XdpContext, config: &IngressConfig, ifindex:
         && config.kernel != 0
         && let Some(plan) = kernel::plan(&rule)
     {
-        return (XdpCounter::Kernel, kernel::carry(ctx, config, plan, kernel::number(&rule), len));
+        let number = kernel::number(&rule);
+        flow::remember(generation, config, ifindex, &flow, plan, number);
+        return (XdpCounter::Kernel, kernel::carry(ctx, config, plan, number, len));
     }
     redirect(ctx, config.slot, rule)
 }
@@ -168,7 +174,7 @@ fn redirect(ctx: &XdpContext, slot: u32, rule: SourceVerdict) -> (XdpCounter, u3
 }
 
 #[inline(always)]
-fn count(slot: u32, counter: XdpCounter, len: u32) {
+pub(crate) fn count(slot: u32, counter: XdpCounter, len: u32) {
     packet::add(COUNTERS.get_ptr_mut(slot * XdpCounter::COUNT + counter as u32), len);
 }
 

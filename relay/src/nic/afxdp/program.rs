@@ -188,34 +188,45 @@ impl Program {
         self.links.iter().map(|(&ifindex, link)| (ifindex, link.as_fd()))
     }
 
+    /// After each change of a table: what was found in it before is no longer the way of a packet.
+    fn forget_flows(&mut self) -> Result<(), ProgramError> {
+        self.kernel_mut().map_or(Ok(()), KernelTables::forget_flows)
+    }
+
     /// Writes an interface's slot and shapes. Before [`Self::attach`], or packets pass uncounted by slot.
     pub fn set_ingress(&mut self, ifindex: u32, config: &IngressConfig) -> Result<(), ProgramError> {
-        self.ingress.insert(ifindex, config, 0).map_err(on("INGRESS", "writing interface"))
+        self.ingress.insert(ifindex, config, 0).map_err(on("INGRESS", "writing interface"))?;
+        self.forget_flows()
     }
 
     /// From now on every packet of the interface passes.
     pub fn remove_ingress(&mut self, ifindex: u32) -> Result<(), ProgramError> {
-        self.ingress.remove(&ifindex).map_err(on("INGRESS", "removing interface"))
+        self.ingress.remove(&ifindex).map_err(on("INGRESS", "removing interface"))?;
+        self.forget_flows()
     }
 
     /// Adds or replaces an entry.
     pub fn insert_match(&mut self, key: &MatchKey, entry: &MatchEntry) -> Result<(), ProgramError> {
-        self.matches.insert(key, entry, 0).map_err(on("MATCHES", "adding an entry"))
+        self.matches.insert(key, entry, 0).map_err(on("MATCHES", "adding an entry"))?;
+        self.forget_flows()
     }
 
     /// Removes an entry.
     pub fn remove_match(&mut self, key: &MatchKey) -> Result<(), ProgramError> {
-        self.matches.remove(key).map_err(on("MATCHES", "removing an entry"))
+        self.matches.remove(key).map_err(on("MATCHES", "removing an entry"))?;
+        self.forget_flows()
     }
 
     /// Adds or replaces the verdict for sources in the first `prefix_len` bits of the address, in the key's set.
     pub fn insert_source(&mut self, key: &SourceKey, prefix_len: u32, verdict: &SourceVerdict) -> Result<(), ProgramError> {
-        self.sources.insert(&source_key(key, prefix_len), verdict, 0).map_err(on("SOURCES", "adding a prefix"))
+        self.sources.insert(&source_key(key, prefix_len), verdict, 0).map_err(on("SOURCES", "adding a prefix"))?;
+        self.forget_flows()
     }
 
     /// Removes such a verdict.
     pub fn remove_source(&mut self, key: &SourceKey, prefix_len: u32) -> Result<(), ProgramError> {
-        self.sources.remove(&source_key(key, prefix_len)).map_err(on("SOURCES", "removing a prefix"))
+        self.sources.remove(&source_key(key, prefix_len)).map_err(on("SOURCES", "removing a prefix"))?;
+        self.forget_flows()
     }
 
     /// Puts a bound AF_XDP socket at [`socket_index`]. The table does not keep it alive.

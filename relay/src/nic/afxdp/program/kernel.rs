@@ -60,6 +60,8 @@ pub struct KernelTables {
     watch: Watch,
     egress: ProgramFd,
     cpus: usize,
+    /// Map `GENERATION`, and what stands in it.
+    generation: (Array<MapData, u32>, u32),
     rule_plans: PerCpuArray<MapData, u64>,
     plans: Array<MapData, KernelPlan>,
     outputs: Array<MapData, KernelOutput>,
@@ -83,11 +85,12 @@ impl KernelTables {
             fd.try_clone().map_err(|error| ProgramError::Diagnostics(error.to_string()))?
         };
         let cpus = aya::util::nr_cpus().map_err(|(what, error)| ProgramError::Diagnostics(format!("{what}: {error}")))?;
-        Ok(Self {
+        let mut tables = Self {
             before: Before::default(),
             watch: outcome::load(ebpf)?,
             egress,
             cpus,
+            generation: (map(ebpf, "GENERATION")?, 0),
             rule_plans: map(ebpf, "RULE_PLANS")?,
             plans: map(ebpf, "PLANS")?,
             outputs: map(ebpf, "OUTPUTS")?,
@@ -99,7 +102,17 @@ impl KernelTables {
             output_tx: map(ebpf, OUTPUT_TX)?,
             refused: map(ebpf, REFUSED)?,
             drops: map(ebpf, KERNEL_DROPS)?,
-        })
+        };
+        tables.forget_flows()?;
+        Ok(tables)
+    }
+
+    /// From now on no packet is carried by what a table said before this call. To come after each change of a table that a
+    /// packet is matched by; plans and outputs in force don't change.
+    pub fn forget_flows(&mut self) -> Result<(), ProgramError> {
+        let (map, number) = &mut self.generation;
+        *number = number.checked_add(1).unwrap_or(1);
+        map.set(0, *number, 0).map_err(on("GENERATION", "beginning another"))
     }
 
     /// Attaches or detaches the programs that count what is sent.
@@ -138,7 +151,8 @@ impl KernelTables {
     /// Puts a plan in force for a rule slot, or takes the rule off the kernel path.
     pub fn set_rule(&mut self, slot: u32, plan: Option<u32>) -> Result<(), ProgramError> {
         let words = self.everywhere(plan.map_or(0, |plan| u64::from(plan) + 1))?;
-        self.rule_plans.set(slot, words, 0).map_err(on("RULE_PLANS", "setting a rule's plan"))
+        self.rule_plans.set(slot, words, 0).map_err(on("RULE_PLANS", "setting a rule's plan"))?;
+        self.forget_flows()
     }
 
     /// Writes a plan that no rule has.
