@@ -18,11 +18,14 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 use xsk_rs::Umem;
 use xsk_rs::umem::frame::FrameDesc;
 
 /// Packets a turn, as the relay's.
 const BATCH: usize = 64;
+/// How long a busy queue is waited for.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A running loop; stops when dropped.
 #[derive(Debug)]
@@ -39,7 +42,7 @@ impl XskLoop {
     /// From queue 0 of `from` to queue 0 of `to` in `namespace`, every datagram readdressed to `destination`. Forwards when this
     /// returns.
     pub fn start(namespace: &Namespace, from: &str, to: &str, destination: SocketAddr, cpu: Option<usize>) -> Result<Self> {
-        let (mut forwarder, program) = namespace.run(|| open(from, to, destination))??;
+        let (mut forwarder, program) = namespace.run(|| open_patiently(from, to, destination))??;
         let (stop, relayed, task) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default(), Arc::<AtomicI32>::default());
         let shared = (Arc::clone(&stop), Arc::clone(&relayed), Arc::clone(&task));
         let thread = std::thread::spawn(move || {
@@ -72,6 +75,17 @@ impl Drop for XskLoop {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
+        }
+    }
+}
+
+/// A queue stays busy until the last mapping of a socket that was bound to it is gone: the worker of the row before may be dying.
+fn open_patiently(from: &str, to: &str, destination: SocketAddr) -> Result<(Forwarder, LabProgram)> {
+    let begin = Instant::now();
+    loop {
+        match open(from, to, destination) {
+            Err(_) if begin.elapsed() < PATIENCE => std::thread::sleep(Duration::from_millis(20)),
+            result => return result,
         }
     }
 }
