@@ -98,6 +98,8 @@ pub struct Joins {
     members: BTreeMap<u32, Member>,
     standing: BTreeMap<Join, u32>,
     next: u32,
+    /// What the kernel refused at the last call, and at the one before.
+    refused: [BTreeSet<Join>; 2],
 }
 
 impl Joins {
@@ -114,7 +116,15 @@ impl Joins {
             self.leave(join);
         }
         self.members.retain(|_, member| !member.groups.is_empty());
-        self.join_all(wanted.iter().copied())
+        let refused = self.join_all(wanted.iter().copied());
+        let [last, _] = std::mem::take(&mut self.refused);
+        self.refused = [refused.iter().map(|(join, _)| *join).collect(), last];
+        refused
+    }
+
+    /// Whether this one was refused before the last call of [`Joins::set`] as well, so that it was told already.
+    pub fn asked_before(&self, join: &Join) -> bool {
+        self.refused[1].contains(join)
     }
 
     /// Whether the kernel holds this membership for us.

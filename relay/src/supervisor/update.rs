@@ -281,9 +281,15 @@ impl Supervisor {
     pub(super) fn set_joins(&mut self, rules: &[Rule]) {
         let ifindex = |rule: &Rule| self.ports.ingress(rule).filter(|(_, port)| port.is_live()).map(|(_, port)| port.facts.ifindex);
         let wanted: BTreeSet<Join> = rules.iter().filter_map(|rule| join_of(rule, ifindex(rule)?)).collect();
-        for (join, error) in self.joins.set(&wanted) {
-            tracing::warn!(group = %join.group, ifindex = join.ifindex, %error, "join refused");
+        let refused = self.joins.set(&wanted);
+        if refused.is_empty() {
+            return;
         }
+        for (join, error) in refused.iter().filter(|(join, _)| !self.joins.asked_before(join)) {
+            tracing::warn!(group = %join.group, ifindex = join.ifindex, %error, "join refused; tried again every second");
+        }
+        let again = Instant::now() + ports::REFUSED_RETRY;
+        self.replan_at = Some(self.replan_at.map_or(again, |at| at.min(again)));
     }
 
     /// Unicast rules on the packet path: their addresses through the sockets' filters, their ports held (DECISIONS §11).
