@@ -4,8 +4,11 @@
 
 use relay::lab::{Lab, LabSpec, Namespace, send};
 use relay_tests::{needs_root, relay_bin, send_args, start_relay};
+use seccompiler::{SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule};
 use serde_json::Value;
+use std::path::Path;
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 /// No relay listens there.
 const NOWHERE: &str = "/nonexistent/relay.sock";
@@ -45,10 +48,13 @@ fn stage(report: &Value, name: &str) -> (String, String, String) {
 
 /// The stage has this verdict, and its reason holds these words. Returns the remedy.
 fn finds(namespace: &Namespace, args: &[&str], name: &str, verdict: &str, words: &str) -> String {
-    let (report, code) = doctor(namespace, args);
-    let (found, reason, remedy) = stage(&report, name);
+    found(&doctor(namespace, args), name, verdict, words)
+}
+
+fn found((report, code): &(Value, i32), name: &str, verdict: &str, words: &str) -> String {
+    let (found, reason, remedy) = stage(report, name);
     assert!(found == verdict && reason.contains(words), "{name}: wanted {verdict} `{words}`, got {found} `{reason}`");
-    assert_eq!(code, if report["verdict"] == "fail" { 5 } else { 0 }, "{report}");
+    assert_eq!(*code, if report["verdict"] == "fail" { 5 } else { 0 }, "{report}");
     assert!(verdict == "ok" || !remedy.is_empty(), "{name}: no remedy for `{reason}`");
     remedy
 }
@@ -89,6 +95,29 @@ fn links() {
     assert!(remedy.contains("in the peer's namespace"), "{remedy}");
     lab.src.ip_batch("link set s0 up\n").unwrap();
     passes(&lab.relay, &["r0"], "link");
+    let remedy = finds(&lab.relay, &["lo"], "link", "warn", "lo is the loopback");
+    assert_eq!(remedy, "name the interface the sender is behind");
+    if let Err(error) = lab.relay.ip_batch("tuntap add dev tun0 mode tun\ntuntap add dev tap0 mode tap\n") {
+        eprintln!("SKIPPED: tunnels: {error}");
+        return;
+    }
+    let remedy = finds(&lab.relay, &["tun0"], "link", "fail", "tun0 has no Ethernet address");
+    assert!(remedy.contains("or tap"), "{remedy}");
+    finds(&lab.relay, &["tap0"], "link", "fail", "tap0 is down");
+}
+
+/// A bridge stands for every driver without native XDP, and without packets in several buffers.
+#[test]
+fn a_driver_without_xdp() {
+    needs_root!();
+    let lab = lab();
+    lab.relay.ip_batch("link add br0 type bridge\nlink set br0 mtu 9000\nlink set br0 up\n").unwrap();
+    let remedy = finds(&lab.relay, &["br0"], "native-xdp", "warn", "driver bridge has no native XDP: packets take the packet path");
+    assert!(remedy.starts_with("use an interface whose driver has it") && remedy.contains("--xdp-mode generic"), "{remedy}");
+    passes(&lab.relay, &["r0"], "native-xdp");
+    let remedy = finds(&lab.relay, &["br0"], "mtu", "warn", "bytes are dropped as too_big");
+    apply(&lab.relay, remedy.split_once(',').unwrap().0);
+    passes(&lab.relay, &["br0"], "mtu");
 }
 
 #[test]
@@ -197,6 +226,47 @@ fn memberships() {
     let remedy = finds(&lab.relay, &["--rule", RULE], "membership", "warn", "r0 has no IPv4 address");
     apply(&lab.relay, &remedy.replace("ADDRESS/LEN", "10.0.0.2/24"));
     passes(&lab.relay, &["--rule", RULE], "membership");
+    let six = "r0 [ff3e::1234]:5000 -> r1; id=six";
+    lab.relay.sysctl("ipv6/conf/r0/disable_ipv6", "1").unwrap();
+    let remedy = finds(&lab.relay, &["--rule", six], "membership", "fail", "IPv6 is switched off on r0, and rule six joins");
+    apply(&lab.relay, &remedy);
+    passes(&lab.relay, &["--rule", six], "membership");
+}
+
+/// The kernel has no memory for another membership: doctor and why say so, and the relay joins by itself once it has.
+#[test]
+fn a_membership_that_the_kernel_refuses() {
+    needs_root!();
+    let lab = lab();
+    let relay = start_relay(&lab, &["--backend", "xsk", "--rule", RULE]).unwrap();
+    let limit = "/proc/sys/net/core/optmem_max";
+    let Ok(before) = lab.relay.run(|| std::fs::read_to_string(limit)).unwrap() else {
+        eprintln!("SKIPPED: net.core.optmem_max is not the namespace's own in this kernel");
+        return;
+    };
+    lab.relay.sysctl("core/optmem_max", "0").unwrap();
+    relay.command(&["rule", "add", "r0 239.1.1.2:5000 -> r1; id=late"]).unwrap();
+    let socket = relay.socket();
+    let args = ["r0", "--listen", "0", "--socket", socket.to_str().unwrap()];
+    let report = doctor_under(&lab.relay, &[], &args);
+    let remedy = found(&report, "membership", "fail", "the running relay has not joined the group of rule late");
+    assert_eq!(remedy, "relay why late");
+    let remedy = found(&report, "mac-filter", "fail", "the MAC filter lacks the group of rule late");
+    assert!(remedy.starts_with("ip link set r0 allmulticast on"), "{remedy}");
+    let mut why = lab.relay.command(relay_bin().unwrap()).unwrap();
+    let why = why.args(["why", "late", "--listen", "100ms", "--json", "--socket"]).arg(&socket).output().unwrap();
+    let answer = String::from_utf8_lossy(&why.stdout).into_owned();
+    assert!(answer.contains("239.1.1.2 is not joined on r0") && answer.contains("net.core.optmem_max"), "{answer}");
+    lab.relay.sysctl("core/optmem_max", before.trim()).unwrap();
+    let begin = Instant::now();
+    while relay.rules().unwrap().as_array().unwrap().iter().any(|rule| rule["joined"] != true) {
+        assert!(begin.elapsed() < Duration::from_secs(20), "{}", relay.log());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let report = doctor_under(&lab.relay, &[], &args);
+    for name in ["membership", "mac-filter"] {
+        found(&report, name, "ok", "");
+    }
 }
 
 #[test]
@@ -243,6 +313,37 @@ fn ttl_1_is_heard() {
         );
         sending.join().unwrap();
     });
+}
+
+/// What a routing daemon does: it switches multicast routing on and takes an interface.
+const ROUTER: &str = "import socket, struct, time
+s = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_IGMP)
+s.setsockopt(0, 200, struct.pack('i', 1))
+s.setsockopt(0, 202, struct.pack('=HBBIII', 0, 8, 1, 0, socket.if_nametoindex('r0'), 0))
+print('ready', flush=True)
+time.sleep(60)";
+
+#[test]
+fn another_forwarder() {
+    needs_root!();
+    let lab = lab();
+    passes(&lab.relay, &["--rule", RULE], "other-forwarders");
+    let mut command = lab.relay.command("/usr/bin/python3").unwrap();
+    let router = command.args(["-c", ROUTER]).stdout(std::process::Stdio::piped()).spawn();
+    let Ok(mut router) = router.inspect_err(|error| eprintln!("SKIPPED: python3: {error}")) else { return };
+    let mut said = router.stdout.take().unwrap();
+    let ready = std::io::Read::read_exact(&mut said, &mut [0; "ready\n".len()]);
+    let seen = ready.map(|()| doctor(&lab.relay, &["--rule", RULE]));
+    router.kill().unwrap();
+    router.wait().unwrap();
+    match seen {
+        Err(_) => eprintln!("SKIPPED: this kernel has no multicast routing"),
+        Ok(report) => {
+            let remedy = found(&report, "other-forwarders", "warn", "multicast routing is on, on 1 interface(s)");
+            assert!(remedy.starts_with("stop smcrouted") && remedy.contains("ip mroute show"), "{remedy}");
+            passes(&lab.relay, &["--rule", RULE], "other-forwarders");
+        }
+    }
 }
 
 #[test]
@@ -297,7 +398,115 @@ fn privileges_limits_and_cpus() {
     let prefix: Vec<&str> = limited.iter().map(String::as_str).collect();
     let (report, _) = doctor_under(&lab.relay, &prefix, &["r0", "--listen", "0", "--frames", "1024"]);
     assert_eq!(stage(&report, "memlock").0, "ok", "{report}");
-    let one = ["taskset".to_owned(), "-c".into(), "0".into()];
-    let ((verdict, reason, remedy), _) = under(&one, "cpus");
-    assert!(verdict == "warn" && reason.starts_with("one CPU is allowed") && remedy.contains("taskset"), "{verdict} {reason} {remedy}");
+    let pinned = |cpus: &str| doctor_under(&lab.relay, &["taskset", "-c", cpus], &["r0", "--listen", "0"]);
+    let remedy = found(&pinned("0"), "cpus", "warn", "one CPU is allowed");
+    assert!(remedy.contains("taskset -c 0-1"), "{remedy}");
+    let (report, _) = doctor_under(&lab.relay, &[], &["r0", "--listen", "0"]);
+    for name in ["capabilities", "kernel", "memlock"] {
+        assert_eq!(stage(&report, name).0, "ok", "{report}");
+    }
+    if std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1) {
+        found(&pinned("0-1"), "cpus", "ok", "2 CPUs are allowed");
+    }
+}
+
+/// From now on the kernel refuses this call of the calling thread, and of what it starts; only with this first argument, if one is given.
+fn refuse(call: i64, first: Option<u64>, errno: i32) {
+    let equals = |value| SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value).unwrap();
+    let rules = first.map(|value| SeccompRule::new(vec![equals(value)]).unwrap()).into_iter().collect();
+    let arch = std::env::consts::ARCH.try_into().unwrap();
+    let filter = SeccompFilter::new([(call, rules)].into(), SeccompAction::Allow, SeccompAction::Errno(errno as u32), arch).unwrap();
+    let program: seccompiler::BpfProgram = filter.try_into().unwrap();
+    seccompiler::apply_filter(&program).unwrap();
+}
+
+/// As on a kernel without them.
+#[test]
+fn a_kernel_without_bpf_or_af_xdp_or_io_uring() {
+    needs_root!();
+    let lab = lab();
+    let sound = doctor(&lab.relay, &["r0"]);
+    let refused = [
+        (libc::SYS_bpf, Some(5), libc::EPERM, "kernel", "fail", "does not load the XDP program", "CONFIG_BPF_SYSCALL"),
+        (
+            libc::SYS_socket,
+            Some(libc::AF_XDP as u64),
+            libc::EAFNOSUPPORT,
+            "af-xdp",
+            "fail",
+            "no AF_XDP socket: EAFNOSUPPORT",
+            "CONFIG_XDP_SOCKETS",
+        ),
+        (libc::SYS_io_uring_setup, None, libc::ENOSYS, "io-uring", "warn", "no io_uring", "CONFIG_IO_URING"),
+    ];
+    for (call, first, errno, name, verdict, words, cure) in refused {
+        if stage(&sound.0, name).0 != "ok" {
+            eprintln!("SKIPPED: {name}: this kernel has none itself");
+            continue;
+        }
+        let without = || {
+            refuse(call, first, errno);
+            doctor(&lab.relay, &["r0"])
+        };
+        let report = std::thread::scope(|scope| scope.spawn(without).join()).unwrap();
+        let remedy = found(&report, name, verdict, words);
+        assert!(remedy.contains(cure), "{remedy}");
+    }
+}
+
+/// Puts files over others, in a mount namespace of its own, before it starts the rest of its words.
+const OVER: &str = "while [ \"$1\" != -- ]; do mount --bind \"$1\" \"$2\"; shift 2; done; shift; exec \"$@\"";
+
+fn over<'a>(files: &[(&'a Path, &'a str)], rest: &[&'a str]) -> Vec<&'a str> {
+    let files = files.iter().flat_map(|(new, old)| [new.to_str().unwrap(), old]);
+    ["unshare", "--mount", "sh", "-euc", OVER, "sh"].into_iter().chain(files).chain(["--"]).chain(rest.iter().copied()).collect()
+}
+
+/// What a virtual machine does not have: a slow clock, a card on another NUMA node. And io_uring switched off for the whole host.
+#[test]
+fn clocks_nodes_and_switches_of_other_hosts() {
+    needs_root!();
+    let lab = lab();
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let seen = |files: &[(&Path, &str)], rest: &[&str]| doctor_under(&lab.relay, &over(files, rest), &["r0", "--listen", "0"]);
+    let clock = write("clock", "hpet\n");
+    let files = [(clock.as_path(), "/sys/devices/system/clocksource/clocksource0/current_clocksource")];
+    if Command::new("unshare").args(&over(&files, &["true"])[1..]).status().map_or(true, |status| !status.success()) {
+        eprintln!("SKIPPED: no mount namespaces, or no clock source to be seen");
+        return;
+    }
+    let remedy = found(&seen(&files, &[]), "clock", "warn", "the clock is hpet");
+    assert!(remedy.contains("available_clocksource"), "{remedy}");
+    write("clock", "tsc\n");
+    found(&seen(&files, &[]), "clock", "ok", "the clock is tsc");
+
+    let switch = write("disabled", "2\n");
+    let off = || {
+        refuse(libc::SYS_io_uring_setup, None, libc::EPERM);
+        seen(&[(&switch, "/proc/sys/kernel/io_uring_disabled")], &[])
+    };
+    let report = std::thread::scope(|scope| scope.spawn(off).join()).unwrap();
+    let remedy = found(&report, "io-uring", "warn", "io_uring is forbidden (kernel.io_uring_disabled = 2)");
+    assert_eq!(remedy, "sysctl -w kernel.io_uring_disabled=0");
+
+    let index = lab.relay.run(|| nix::net::if_::if_nametoindex("r0").unwrap()).unwrap();
+    write("net/r0/ifindex", &format!("{index}\n"));
+    write("net/r0/device/numa_node", "1\n");
+    write("node/node1/cpulist", "1\n");
+    let (net, node) = (folder.path().join("net"), folder.path().join("node"));
+    let files = [(net.as_path(), "/sys/class/net"), (node.as_path(), "/sys/devices/system/node")];
+    let two = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1);
+    if !two || !Path::new("/sys/devices/system/node").exists() {
+        eprintln!("SKIPPED: one CPU, or a kernel without NUMA");
+        return;
+    }
+    let remedy = found(&seen(&files, &["taskset", "-c", "0"]), "placement", "warn", "on NUMA node 1 (CPUs 1)");
+    let cpus = remedy.strip_prefix("relay run --cpus ").unwrap();
+    found(&seen(&files, &["taskset", "-c", cpus]), "placement", "ok", "where all allowed CPUs are");
 }

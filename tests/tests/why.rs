@@ -2,8 +2,10 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot set up its world has failed")]
 
 use relay::lab::{Lab, LabSpec, RelayProcess, send};
-use relay_tests::{needs_root, relay_bin, send_args, start_relay};
+use relay_tests::raw::{Checksum, Datagram, Injector};
+use relay_tests::{needs_root, relay_bin, send_args, send_in_background, start_relay};
 use serde_json::Value;
+use std::time::{Duration, Instant};
 
 struct World {
     lab: Lab,
@@ -23,32 +25,34 @@ impl World {
 
     /// The answer of `relay why ID`, while `traffic` flows from `s0` if there is any, and its exit code.
     fn why(&self, id: &str, traffic: Option<&send::Args>) -> (Value, i32) {
-        std::thread::scope(|scope| {
-            let sending = traffic.map(|args| scope.spawn(|| self.lab.src.run(|| send::send(args)).unwrap().unwrap()));
-            std::thread::sleep(std::time::Duration::from_millis(100));
-            let mut command = self.lab.relay.command(relay_bin().unwrap()).unwrap();
-            command.args(["why", id, "--json", "--listen", "1s", "--socket"]).arg(self.relay.socket());
-            let output = command.output().unwrap();
-            sending.map(|thread| thread.join().unwrap());
-            let answer = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)));
-            (answer, output.status.code().unwrap())
-        })
+        let _sending = traffic.map(|args| send_in_background(&self.lab, args).unwrap());
+        std::thread::sleep(Duration::from_millis(150));
+        let mut command = self.lab.relay.command(relay_bin().unwrap()).unwrap();
+        command.args(["why", id, "--json", "--listen", "500ms", "--socket"]).arg(self.relay.socket());
+        let output = command.output().unwrap();
+        let answer = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)));
+        (answer, output.status.code().unwrap())
     }
 
     /// A sentence holds these words. Returns its remedy.
     fn says(&self, id: &str, traffic: Option<&send::Args>, words: &str) -> String {
         let (answer, code) = self.why(id, traffic);
         assert_eq!((code, answer["moving"].as_bool()), (5, Some(false)), "{answer}");
-        let of = answer["sentences"].as_array().unwrap().iter().find(|one| one["sentence"].as_str().unwrap().contains(words));
-        let remedy = of.unwrap_or_else(|| panic!("no `{words}` in {answer}"))["remedy"].as_str().unwrap().to_owned();
-        assert!(!remedy.is_empty(), "{answer}");
-        remedy
+        remedy(&answer, words)
     }
 
     fn works(&self, id: &str, traffic: &send::Args) {
         let (answer, code) = self.why(id, Some(traffic));
         assert_eq!((code, answer["moving"].as_bool()), (0, Some(true)), "{answer}");
         assert!(answer["sentences"][0]["sentence"].as_str().unwrap().contains("works"), "{answer}");
+    }
+
+    /// It works within 20 s: interfaces that come back are taken up by the relay itself.
+    fn works_soon(&self, id: &str) {
+        let begin = Instant::now();
+        while self.why(id, Some(&traffic(GROUP))).0["moving"] != true {
+            assert!(begin.elapsed() < Duration::from_secs(20), "{}", self.relay.log());
+        }
     }
 
     fn apply(&self, remedy: &str) {
@@ -62,9 +66,17 @@ impl World {
     }
 }
 
-/// 200 a second for 1.6 s.
+/// The remedy of the sentence that holds these words.
+fn remedy(answer: &Value, words: &str) -> String {
+    let of = answer["sentences"].as_array().unwrap().iter().find(|one| one["sentence"].as_str().unwrap().contains(words));
+    let remedy = of.unwrap_or_else(|| panic!("no `{words}` in {answer}"))["remedy"].as_str().unwrap().to_owned();
+    assert!(!remedy.is_empty(), "{answer}");
+    remedy
+}
+
+/// 200 a second, until the answer is there.
 fn traffic(to: &str) -> send::Args {
-    send_args("s0", to, 200, 320).unwrap()
+    send_args("s0", to, 200, 2_000).unwrap()
 }
 
 const GROUP: &str = "239.1.1.1:5000";
@@ -102,7 +114,7 @@ fn another_tag() {
         let socket = relay::nic::afpacket::socket::open_send(nix::net::if_::if_nametoindex("s0").unwrap()).unwrap();
         for _ in 0..160 {
             assert_eq!(nix::unistd::write(&socket, &frame).unwrap(), frame.len());
-            std::thread::sleep(std::time::Duration::from_millis(10));
+            std::thread::sleep(Duration::from_millis(10));
         }
     };
     std::thread::scope(|scope| {
@@ -166,7 +178,7 @@ fn unicast_without_an_answering_host() {
     assert!(remedy.contains("ping -c 1 -I r1 10.0.1.77"), "{remedy}");
     world.lab.sink(1).ip_batch("addr add 10.0.1.77/24 dev k1\n").unwrap();
     world.lab.relay.ip_batch("neigh flush dev r1\n").unwrap();
-    std::thread::sleep(std::time::Duration::from_secs(2));
+    std::thread::sleep(Duration::from_secs(2));
     let (answer, _) = world.why("a", Some(&traffic(GROUP)));
     // The kernel asks again by itself; the first answer may come within the watch.
     let again = if answer["moving"] == true { answer } else { world.why("a", Some(&traffic(GROUP))).0 };
@@ -183,6 +195,100 @@ fn fragments_and_a_quiet_wire() {
     world.says("a", Some(&send::Args { size: 3000, ..traffic(GROUP) }), "are fragments");
     world.change("a", "r0 239.1.1.1:5000 -> r1 239.9.9.9:6000; id=a join=no");
     world.says("a", None, "join=no");
+}
+
+/// Each kind of wrong packet, all in one watch; the right ones that follow are all sent.
+#[test]
+fn packets_that_are_wrong() {
+    needs_root!();
+    let world = World::new(&["--backend", "xsk", "--rule", "r0 239.1.1.1:5000 -> r1 239.9.9.9:6000; id=a"]);
+    let right = Datagram::to("239.1.1.1", 5_000, &[7; 64]).unwrap();
+    let mut bad_header = right.bytes();
+    bad_header[24] ^= 0xff;
+    let wrong = [
+        Datagram { src: "239.1.1.1".parse().unwrap(), ..right.clone() }.bytes(),
+        Datagram { src: "10.0.0.2".parse().unwrap(), ..right.clone() }.bytes(),
+        Datagram { checksum: Checksum::Wrong, ..right }.bytes(),
+        bad_header,
+    ];
+    let injector = Injector::on(&world.lab.src, "s0").unwrap();
+    let inject = || {
+        for frame in wrong.iter().cycle().take(320) {
+            injector.send(frame).unwrap();
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    let (answer, code) = std::thread::scope(|scope| {
+        scope.spawn(inject);
+        world.why("a", None)
+    });
+    assert_eq!((code, answer["moving"].as_bool()), (5, Some(false)), "{answer}");
+    for (words, cure) in [
+        ("reach no output: their source address is a multicast address", "correct the sender"),
+        ("reach no output: their source is this host's own address: a loop", "except=ADDRESS"),
+        ("reach no output: their UDP checksum is wrong", "correct the sender"),
+        ("reach no output: their IP checksum is wrong", "correct the sender"),
+    ] {
+        assert!(remedy(&answer, words).contains(cure), "{answer}");
+    }
+    world.works("a", &traffic(GROUP));
+}
+
+/// Three outputs, each with another fault, in one answer; each remedy as it is printed, and the rule works.
+#[test]
+fn outputs_without_interface_carrier_or_address() {
+    needs_root!();
+    let rule = "r0 239.1.1.1:5000 -> r1 239.9.9.9:6000 src=egress, r2 239.9.9.9:6000, r3 239.9.9.9:6000; id=a";
+    let spec = LabSpec { sinks: 3, separate_sinks: true, ..LabSpec::default() };
+    let world = World::of(spec, &["--backend", "packet", "--rule", rule]);
+    world.works("a", &traffic(GROUP));
+    world.lab.relay.ip_batch("addr flush dev r1\nlink del r2\n").unwrap();
+    world.lab.sink(3).ip_batch("link set k3 down\n").unwrap();
+    let (answer, code) = world.why("a", Some(&traffic(GROUP)));
+    assert_eq!((code, answer["moving"].as_bool()), (5, Some(false)), "{answer}");
+    let address = remedy(&answer, "interface r1 has no usable address for src=egress");
+    world.apply(&address.replace("ADDRESS/LEN", "10.0.1.1/24"));
+    assert_eq!(remedy(&answer, "interface r2 is missing"), "make the interface r2; the relay takes it up again by itself");
+    world.lab.relay.ip_batch(&format!("link add r2 type veth peer name k2 netns {}\nlink set r2 up\n", world.lab.sink(2).name())).unwrap();
+    world.lab.sink(2).ip_batch("link set k2 up\n").unwrap();
+    assert_eq!(remedy(&answer, "interface r3 has no carrier"), "bring the other end of r3 up");
+    world.lab.sink(3).ip_batch("link set k3 up\n").unwrap();
+    world.works_soon("a");
+}
+
+#[test]
+fn an_ingress_without_carrier_or_gone() {
+    needs_root!();
+    let world = World::new(&["--backend", "packet", "--rule", "r0 239.1.1.1:5000 -> r1 239.9.9.9:6000; id=a"]);
+    world.lab.src.ip_batch("link set s0 down\n").unwrap();
+    assert_eq!(world.says("a", None, "the ingress interface r0 has no carrier"), "bring its other end up");
+    world.lab.src.ip_batch("link set s0 up\n").unwrap();
+    world.works_soon("a");
+    world.lab.relay.ip_batch("link del r0\n").unwrap();
+    let remedy = world.says("a", None, "the ingress interface r0 is missing");
+    assert_eq!(remedy, "make the interface r0; the relay takes it up again by itself");
+    let lines = format!("link add r0 type veth peer name s0 netns {}\naddr add 10.0.0.2/24 dev r0\nlink set r0 up\n", world.lab.src.name());
+    world.lab.relay.ip_batch(&lines).unwrap();
+    world.lab.src.ip_batch("addr add 10.0.0.1/24 dev s0\nlink set s0 up\n").unwrap();
+    world.works_soon("a");
+}
+
+#[test]
+fn a_rate_and_a_listener_without_privileges() {
+    needs_root!();
+    let world = World::new(&["--backend", "packet", "--rule", "r0 239.1.1.1:5000 -> r1 239.9.9.9:6000 rate=50pps; id=a"]);
+    let remedy = world.says("a", Some(&traffic(GROUP)), "they exceed the output's rate=");
+    assert_eq!(remedy, "raise or leave out rate= on the output");
+    world.change("a", "r0 239.1.1.1:5000 -> r1 239.9.9.9:6000; id=a");
+    world.works("a", &traffic(GROUP));
+    let mut command = world.lab.relay.command("setpriv").unwrap();
+    command.args(["--bounding-set", "-net_raw", "--inh-caps", "-net_raw"]).arg(relay_bin().unwrap());
+    let Ok(output) = command.args(["why", "a", "--json", "--listen", "100ms", "--socket"]).arg(world.relay.socket()).output() else {
+        eprintln!("SKIPPED: needs setpriv (util-linux)");
+        return;
+    };
+    let answer = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(self::remedy(&answer, "what passes by was not seen").starts_with("run it as root"), "{answer}");
 }
 
 #[test]

@@ -50,6 +50,14 @@ fn membership(scene: &Scene, interface: &Interface) -> Finding {
             format!("sysctl -w net.ipv4.conf.{name}.force_igmp_version=0 net.ipv4.conf.all.force_igmp_version=0"),
         );
     }
+    let ipv6 = scene.taking(name).find(|rule| rule.join && rule.matching.group.addr.is_ipv6());
+    if let Some(rule) = ipv6.filter(|_| sysctl(&format!("net/ipv6/conf/{name}/disable_ipv6")).is_none_or(|off| off != 0)) {
+        return Finding::fail(
+            STAGE,
+            format!("IPv6 is switched off on {name}, and rule {} joins an IPv6 group", rule.id),
+            format!("sysctl -w net.ipv6.conf.{name}.disable_ipv6=0"),
+        );
+    }
     if let Some(rule) = not_joined(scene, name) {
         return Finding::fail(STAGE, format!("the running relay has not joined the group of rule {rule}"), format!("relay why {rule}"));
     }

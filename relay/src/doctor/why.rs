@@ -231,8 +231,8 @@ fn one_output(evidence: &Evidence<'_>, output: &OutputStats, before: Option<&Out
 fn about_output(evidence: &Evidence<'_>, output: &OutputStats, reason: &str) -> String {
     match (reason, evidence.known.get(&output.egress)) {
         ("output_down", None) => format!("interface {} is missing", output.egress),
-        ("output_down", Some(interface)) if !interface.up => format!("interface {} is down", output.egress),
-        ("output_down", Some(interface)) if !interface.carrier => format!("interface {} has no carrier", output.egress),
+        ("output_down" | "send_failed", Some(interface)) if !interface.up => format!("interface {} is down", output.egress),
+        ("output_down" | "send_failed", Some(interface)) if !interface.carrier => format!("interface {} has no carrier", output.egress),
         ("output_down", Some(_)) => format!("interface {} has no usable address for src=egress", output.egress),
         ("mtu_exceeded", Some(interface)) => format!("they are larger than the MTU of {} ({})", output.egress, interface.mtu),
         _ => meaning(reason).to_owned(),
@@ -243,8 +243,8 @@ fn output_cure(evidence: &Evidence<'_>, output: &OutputStats, reason: &str) -> S
     let (name, known) = (&output.egress, evidence.known.get(&output.egress));
     match (reason, known) {
         ("output_down", None) => format!("make the interface {name}; the relay takes it up again by itself"),
-        ("output_down", Some(interface)) if !interface.up => format!("ip link set {name} up"),
-        ("output_down", Some(interface)) if !interface.carrier => format!("bring the other end of {name} up"),
+        ("output_down" | "send_failed", Some(interface)) if !interface.up => format!("ip link set {name} up"),
+        ("output_down" | "send_failed", Some(interface)) if !interface.carrier => format!("bring the other end of {name} up"),
         ("output_down", Some(_)) => format!("ip addr add ADDRESS/LEN dev {name}"),
         ("mtu_exceeded", Some(_)) => {
             let from = evidence.known.get(&evidence.rule.ingress).map_or(1500, |ingress| ingress.mtu);
@@ -343,7 +343,9 @@ fn interface_drops(evidence: &Evidence<'_>, sentences: &mut Vec<Sentence>) {
     let name = &evidence.rule.ingress;
     let Some(after) = interface_of(evidence.after, name) else { return };
     let before = interface_of(evidence.before, name);
-    for (reason, count) in moved_by(&after.drops, before.map(|before| &before.drops)) {
+    // What no rule takes is the host's (the packet path counts it here), and not this rule's cause.
+    let lost = moved_by(&after.drops, before.map(|before| &before.drops)).into_iter().filter(|(reason, _)| reason != "no_rule");
+    for (reason, count) in lost {
         say(sentences, format!("{name} loses {count} packets before any rule takes them: {}", meaning(&reason)), cure(&reason, name));
     }
     let unserved = moved(after.passed_by.get("no_socket").copied(), before.and_then(|before| before.passed_by.get("no_socket").copied()));
@@ -466,7 +468,10 @@ fn nothing(evidence: &Evidence<'_>, sentences: &mut Vec<Sentence>) {
         say(
             sentences,
             format!("{group} is not joined on {name}, so switches do not send it here"),
-            "see the daemon's log for what the kernel answered, and raise net.ipv4.igmp_max_memberships if it says so",
+            format!(
+                "see the daemon's log for what the kernel answered; {} (it is tried again every second)",
+                unjoined_cure(group.addr, name)
+            ),
         );
     }
     let so_far = if total > 0 { format!(" ({total} earlier)") } else { String::new() };
@@ -492,6 +497,14 @@ fn nothing(evidence: &Evidence<'_>, sentences: &mut Vec<Sentence>) {
     }
 }
 
+/// What most often stands against a membership.
+fn unjoined_cure(group: IpAddr, interface: &str) -> String {
+    if group.is_ipv4() {
+        return "raise net.ipv4.igmp_max_memberships or net.core.optmem_max if it says so".into();
+    }
+    format!("sysctl -w net.ipv6.conf.{interface}.disable_ipv6=0 if IPv6 is off there")
+}
+
 /// `239.1.1.1:5000` of the rule's match.
 fn example(rule: &Rule) -> String {
     std::net::SocketAddr::new(rule.matching.group.addr, rule.matching.port.unwrap_or(5000)).to_string()
@@ -515,5 +528,106 @@ fn quiet_segment(evidence: &Evidence<'_>, over: &Overheard, sentences: &mut Vec<
             "the group is joined, but no querier was heard meanwhile: without one, snooping switches stop a stream after about four minutes",
             "relay doctor --listen 130s tells for sure; then switch an IGMP querier on at the router or switch",
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::message::WorkerInfo;
+    use crate::plan::fate::{DropReason, OutputDropReason};
+
+    const RULE: &str = "eth0 239.1.1.1:5000 -> eth1; id=a";
+
+    /// The answer for a rule between two sound interfaces, once `change` has changed the counters, and `heard` was overheard.
+    fn answer_to(change: impl Fn(&mut Stats, &mut Status), heard: &Overheard) -> Answer {
+        let rule: Rule = RULE.parse().unwrap();
+        let sound =
+            |name: &str| Interface { name: name.into(), up: true, carrier: true, multicast: true, mtu: 1500, ..Interface::default() };
+        let known = ["eth0", "eth1"].map(|name| (name.to_owned(), sound(name))).into();
+        let info = RuleInfo { id: "a".into(), rule: RULE.into(), path: "xsk".into(), joined: true, ..RuleInfo::default() };
+        let before = Stats {
+            interfaces: vec![InterfaceStats { name: "eth0".into(), ..InterfaceStats::default() }],
+            rules: vec![RuleStats {
+                id: "a".into(),
+                outputs: vec![OutputStats { egress: "eth1".into(), ..OutputStats::default() }],
+                ..RuleStats::default()
+            }],
+            ..Stats::default()
+        };
+        let (mut after, mut status) = (before.clone(), Status::default());
+        change(&mut after, &mut status);
+        let evidence = Evidence {
+            rule: &rule,
+            info: &info,
+            others: std::slice::from_ref(&info),
+            status: &status,
+            before: &before,
+            after: &after,
+            period: Duration::from_secs(1),
+            known: &known,
+            overheard: &Ok(heard.clone()),
+        };
+        answer(&evidence)
+    }
+
+    /// Not one of them is "for a reason this version does not know".
+    #[test]
+    fn every_drop_reason_has_a_meaning_and_a_remedy() {
+        let unknown = (meaning("no such reason"), cure("no such reason", "eth0"));
+        let whole = DropReason::ALL.iter().filter(|reason| **reason != DropReason::NoRule).map(|reason| reason.name());
+        for name in whole.clone() {
+            let by_rule = |stats: &mut Stats, _: &mut Status| {
+                stats.rules[0].rx_packets = 9;
+                stats.rules[0].drops.insert(name.into(), 9);
+            };
+            let by_interface = |stats: &mut Stats, _: &mut Status| {
+                stats.interfaces[0].drops.insert(name.into(), 9);
+            };
+            for answer in [answer_to(by_rule, &Overheard::default()), answer_to(by_interface, &Overheard::default())] {
+                let first = &answer.sentences[0];
+                assert!(!answer.moving && first.sentence.contains(meaning(name)) && first.remedy == cure(name, "eth0"), "{answer:?}");
+            }
+        }
+        for name in whole.chain(OutputDropReason::ALL.iter().map(|reason| reason.name())) {
+            assert_ne!(meaning(name), unknown.0, "{name}");
+        }
+        for reason in OutputDropReason::ALL.iter().map(|reason| reason.name()) {
+            let dropped = |stats: &mut Stats, _: &mut Status| {
+                (stats.rules[0].rx_packets, stats.rules[0].outputs[0].tx_packets) = (9, 4);
+                stats.rules[0].outputs[0].drops.insert(reason.into(), 5);
+            };
+            let answer = answer_to(dropped, &Overheard::default());
+            let first = &answer.sentences[0];
+            assert!(!answer.moving && first.sentence.starts_with("output 0 (eth1) drops 5 of 9") && !first.remedy.is_empty(), "{answer:?}");
+        }
+    }
+
+    #[test]
+    fn a_worker_that_does_not_run_is_the_nearest_cause() {
+        let degraded = |_: &mut Stats, status: &mut Status| {
+            let last_exit = "signal 11".to_owned();
+            status.workers = vec![WorkerInfo { id: 3, state: "degraded".into(), last_exit, ..WorkerInfo::default() }];
+        };
+        let answer = answer_to(degraded, &Overheard::default());
+        assert_eq!(answer.sentences[0].sentence, "worker 3 does not run: degraded (the last one ended: signal 11)");
+        assert_eq!(answer.sentences[0].remedy, "see the daemon's log");
+    }
+
+    #[test]
+    fn packets_that_fit_and_pass_are_told_of() {
+        let answer = answer_to(|_, _| {}, &Overheard { fitting: 7, ..Overheard::default() });
+        assert!(answer.sentences[0].sentence.starts_with("7 packets fit the rule, and went to the host instead of path xsk"), "{answer:?}");
+        assert!(answer.sentences[0].remedy.contains("relay status"), "{answer:?}");
+    }
+
+    /// The packet path counts the host's own packets there.
+    #[test]
+    fn what_no_rule_takes_is_no_cause() {
+        let others = |stats: &mut Stats, _: &mut Status| {
+            stats.interfaces[0].drops.insert("no_rule".into(), 9);
+        };
+        let answer = answer_to(others, &Overheard::default());
+        assert!(answer.sentences[0].sentence.starts_with("nothing to 239.1.1.1"), "{answer:?}");
     }
 }
