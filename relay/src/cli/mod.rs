@@ -102,8 +102,8 @@ enum Command {
     Capture(capture::CaptureArgs),
     /// Shared-memory channels between supervisor and workers: memory, depth, what moved, what was lost
     Channels,
-    /// Send numbered, stamped datagrams at a steady rate
-    Send(lab::send::Args),
+    /// Send numbered, stamped datagrams at a steady rate, or the frames of a capture again
+    Send(Box<send::SendArgs>),
     /// Receive and verify what `send` sent; the exit code is the verdict
     Recv(lab::recv::Args),
     /// Three namespaces, a relay, real traffic, a table and PASS or FAIL

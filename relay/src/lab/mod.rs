@@ -6,6 +6,7 @@
 
 pub mod arms;
 pub mod bench;
+pub mod capture_file;
 pub mod clock;
 pub mod demo;
 pub mod error;
@@ -17,6 +18,7 @@ pub mod payload;
 pub mod peers;
 pub mod process;
 pub mod recv;
+pub mod replay;
 pub mod ringbench;
 pub mod send;
 pub mod socket;

@@ -36,7 +36,14 @@ pub struct Args {
     #[arg(long, value_name = "IFACE")]
     pub iface: String,
     /// Destination, IPv6 in brackets
-    #[arg(long, value_name = "ADDR:PORT")]
+    // A replay has its destinations in the file; the value is not used then.
+    #[arg(
+        long,
+        value_name = "ADDR:PORT",
+        required = false,
+        required_unless_present = "replay",
+        default_value_if("replay", clap::builder::ArgPredicate::IsPresent, "0.0.0.0:0")
+    )]
     pub to: SocketAddr,
     /// Datagrams a second; 0: as fast as possible
     #[arg(long, default_value_t = 1_000, value_name = "N")]
@@ -162,7 +169,7 @@ pub fn transmit<S: Sink>(args: &Args, sink: &mut S) -> Result<Report> {
     let start_ns = clock::monotonic_ns();
     let limit_ns = args.duration.map_or(u64::MAX, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX));
     let mut pacer = Pacer::new(start_ns, args.rate, total, start_ns.saturating_add(limit_ns), BATCH);
-    let mut late = Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3).map_err(|e| LabError::Invalid(e.to_string()))?;
+    let mut late = Late::new()?;
     let mut report = Report { backend: S::NAME.into(), first_sequence: args.first, rate: args.rate, ..Report::default() };
     loop {
         match pacer.step(clock::monotonic_ns()) {
@@ -173,16 +180,44 @@ pub fn transmit<S: Sink>(args: &Args, sink: &mut S) -> Result<Report> {
                 report.retries += u64::from(taken < count);
                 report.sent += u64::from(taken);
                 pacer.sent(taken);
-                late.saturating_record(late_ns.max(1));
+                late.note(late_ns);
             }
         }
     }
     sink.finish()?;
     report.duration_ms = (clock::monotonic_ns() - start_ns) as f64 / 1e6;
     report.pps = report.sent as f64 / (report.duration_ms / 1e3).max(1e-9);
-    let at = |quantile| late.value_at_quantile(quantile) as f64 / 1e3;
-    (report.late_p50_us, report.late_p99_us, report.late_max_us) = (at(0.5), at(0.99), late.max() as f64 / 1e3);
+    [report.late_p50_us, report.late_p99_us, report.late_max_us] = late.figures();
     Ok(report)
+}
+
+/// How far behind its schedule a sender was.
+pub(super) struct Late(Histogram<u64>);
+
+impl Late {
+    pub(super) fn new() -> Result<Self> {
+        Histogram::new_with_bounds(1, 60_000_000_000, 3).map(Self).map_err(|e| LabError::Invalid(e.to_string()))
+    }
+
+    pub(super) fn note(&mut self, late_ns: u64) {
+        self.0.saturating_record(late_ns.max(1));
+    }
+
+    /// Median, 99 % and worst, in µs.
+    pub(super) fn figures(&self) -> [f64; 3] {
+        [self.0.value_at_quantile(0.5), self.0.value_at_quantile(0.99), self.0.max()].map(|ns| ns as f64 / 1e3)
+    }
+}
+
+/// Returns at this time of the monotonic clock, or as soon after it as may be; how late that was.
+pub(super) fn wait_until(due_ns: u64) -> u64 {
+    loop {
+        let now = clock::monotonic_ns();
+        match due_ns.checked_sub(now) {
+            None | Some(0) => return now - due_ns,
+            Some(ns) => pause(ns),
+        }
+    }
 }
 
 /// Sleeps through long waits and spins through short ones.

@@ -39,6 +39,23 @@ pub fn ifindex(name: &str) -> Result<u32> {
     nix::net::if_::if_nametoindex(name).map_err(LabError::io(format!("interface {name}")))
 }
 
+/// MTU of an interface in the calling thread's namespace.
+pub fn mtu(name: &str) -> Result<u32> {
+    let fd = udp(Ipv4Addr::UNSPECIFIED.into())?;
+    let mut request = zeroed::<libc::ifreq>();
+    // The last byte stays 0.
+    for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    // SAFETY: `request` is a structure of the size the kernel reads and writes for this call, and outlives it.
+    let rc = unsafe { libc::ioctl(fd.as_raw_fd(), libc::SIOCGIFMTU, &raw mut request) };
+    if rc != 0 {
+        return Err(LabError::io(format!("interface {name}"))(io::Error::last_os_error()));
+    }
+    // SAFETY: the kernel has just written this member, and every bit pattern of it is an integer.
+    Ok(unsafe { request.ifr_ifru.ifru_mtu }.unsigned_abs())
+}
+
 /// A socket that sends out of `iface` from `source` (or the kernel's choice) with the given TTL and DSCP.
 pub fn sender(iface: &str, to: SocketAddr, source: Option<SocketAddr>, ttl: u8, dscp: u8) -> Result<OwnedFd> {
     let fd = udp(to.ip())?;
@@ -157,6 +174,7 @@ fn storage(addr: SocketAddr) -> libc::sockaddr_storage {
 trait KernelStruct: Copy {}
 impl KernelStruct for libc::sockaddr_storage {}
 impl KernelStruct for libc::mmsghdr {}
+impl KernelStruct for libc::ifreq {}
 
 fn zeroed<T: KernelStruct>() -> T {
     // SAFETY: the implementors hold only integers and raw pointers, for which all-zero is a value.
