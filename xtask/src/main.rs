@@ -4,6 +4,7 @@
 
 mod bench;
 mod ebpf;
+mod judges;
 mod packages;
 mod relay;
 mod requirements;
@@ -34,7 +35,7 @@ enum Command {
     Requirements(requirements::Args),
     /// Build the BPF objects from source, or check the committed ones
     BuildEbpf(ebpf::Args),
-    /// Install what the build needs, and nothing else
+    /// Install what the build needs, and the tools that judge in tests where they can be had
     Install,
 }
 
@@ -53,7 +54,10 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Tidy => tidy::run(),
         Command::Stats => stats::run(),
         Command::Requirements(args) => requirements::run(&args),
-        Command::Install => packages::install_missing().map(|()| ExitCode::SUCCESS),
+        Command::Install => packages::install_missing().map(|()| {
+            judges::install();
+            ExitCode::SUCCESS
+        }),
         Command::BuildEbpf(args) => ebpf::run(&args).map(|()| ExitCode::SUCCESS),
     }
 }

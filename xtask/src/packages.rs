@@ -107,7 +107,8 @@ fn line(manager: &Manager, packages: &[String]) -> String {
     format!("{} {} {}", manager.program, manager.install.join(" "), packages.join(" "))
 }
 
-fn apt(args: &[&str]) -> Result<()> {
+/// Runs apt-get, which asks nothing and prints nothing but errors.
+pub(crate) fn apt(args: &[&str]) -> Result<()> {
     let mut command = Command::new("apt-get");
     command.args(args).env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null()).stdout(Stdio::null());
     let status = command.status().context("start apt-get")?;
@@ -159,7 +160,8 @@ fn has_libclang(directory: &str) -> bool {
     std::fs::read_dir(directory).into_iter().flatten().flatten().any(|entry| is_libclang(&entry.file_name().to_string_lossy()))
 }
 
-fn on_path(program: &str) -> bool {
+/// Whether a program is there for root.
+pub(crate) fn on_path(program: &str) -> bool {
     // Debian's root has these on PATH, its users often not.
     let also = ["/usr/sbin", "/sbin"].map(std::path::PathBuf::from);
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -167,7 +169,7 @@ fn on_path(program: &str) -> bool {
 }
 
 /// The owner of our own /proc entry is the effective user.
-fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     use std::os::unix::fs::MetadataExt;
     std::fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0)
 }
