@@ -14,6 +14,7 @@ use relay_tests::{
     Lab, Listener, RelayProcess, assert_frames_conserved, needs_root, send, send_args, send_in_background, start_relay, start_relay_unready,
 };
 use serde_json::Value;
+use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 /// The rule of every relay here.
@@ -289,6 +290,9 @@ fn refusals_name_the_remedy_and_change_nothing() {
     };
     let (code, words) = take(&[paths::XSK_FUSED.args, &["--frames", "1024"]].concat());
     assert!(code == Some(2) && words.contains("--frames 32768"), "{words}");
+    if let Some(words) = take_as_somebody_else(&lab, path) {
+        println!("somebody else: {words}");
+    }
     let (code, words) = take(&["--rule", "r0 nonsense"]);
     assert_eq!(code, Some(2), "{words}");
     assert_eq!(relay.worker_pids().unwrap(), workers, "nothing has changed");
@@ -300,6 +304,38 @@ fn refusals_name_the_remedy_and_change_nothing() {
     relay.wait_ready().unwrap();
     forwards(&lab);
     assert_eq!(keeper(&relay), 0, "--linger of the successor counts");
+}
+
+/// What `relay run --takeover` says to a user who has no business there; `None` without setpriv.
+fn take_as_somebody_else(lab: &Lab, socket: &str) -> Option<String> {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let program = directory.path().join("relay");
+    std::fs::copy(relay_tests::relay_bin().unwrap(), &program).unwrap();
+    let mut command = lab.relay.command("setpriv").unwrap();
+    command.args(["--reuid", "65533", "--regid", "65533", "--clear-groups"]).arg(program);
+    let output = command.args(["run", "--takeover", "--socket", socket]).output().ok()?;
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    Some(String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// The rings of an interface that is gone can't be looked into any more: said, ended, started anew.
+#[test]
+fn what_cannot_be_gone_on_with_is_ended_and_started_clean() {
+    needs_root!();
+    let _turn = turn();
+    let (lab, rule) = (Lab::simple().unwrap(), rule());
+    let args = args(&paths::XSK_FUSED, &rule, "60s");
+    let mut relay = start_relay(&lab, &args).unwrap();
+    settle();
+    let orphans = [&relay.worker_pids().unwrap()[..], &[keeper(&relay)]].concat();
+    kill(&mut relay);
+    lab.relay.ip_batch("link del r1\n").unwrap();
+    relay.take_over(&lab.relay, &args).unwrap();
+    relay.wait_ready().unwrap();
+    assert!(relay.log().contains("interface r1 has gone") && relay.log().contains("starts clean"), "{}", relay.log());
+    assert!(orphans.iter().all(|pid| is_dead(*pid)), "nothing of the old one is left");
+    assert!(relay.sigterm(Duration::from_secs(5)).unwrap().success());
 }
 
 #[test]

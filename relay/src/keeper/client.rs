@@ -85,7 +85,11 @@ pub fn connect(control: &Path) -> Result<Option<Client>, ClientError> {
 impl Client {
     /// The table as it is now. It can be asked for again.
     pub fn table(&self) -> Result<Table, ClientError> {
-        message::send(self.socket.as_fd(), &Message::Take, &[], MsgFlags::empty()).map_err(failed("asking"))?;
+        message::send(self.socket.as_fd(), &Message::Take, &[], MsgFlags::empty()).map_err(|errno| match errno {
+            // It has hung up on us already.
+            Errno::EPIPE | Errno::ECONNRESET => ClientError::Silent,
+            errno => failed("asking")(errno),
+        })?;
         let mut assembly = Assembly::default();
         loop {
             match message::receive(self.socket.as_fd(), MsgFlags::empty()) {
