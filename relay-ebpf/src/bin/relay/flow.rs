@@ -118,7 +118,7 @@ impl Headers {
     #[inline(always)]
     fn is_plain(&self, len: u32) -> bool {
         let sum = u64::from(self.ip0) + u64::from(self.ip1) + u64::from(self.ip2) + u64::from(self.src) + u64::from(self.dst);
-        let datagram = UDP_LEN..=self.l3_len().wrapping_sub(20);
+        let datagram = UDP_LEN..=self.l3_len().saturating_sub(20);
         self.ethertype == IPV4
             && self.ip0 & 0xff == 0x45
             && self.ip1 & FRAGMENT == 0
