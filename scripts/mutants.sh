@@ -5,7 +5,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
-loom_target=${RELAY_LOOM_TARGET_DIR:-$root/target/loom}
 unit_target=${CARGO_TARGET_DIR:-$root/target}
 
 # name ~ file in relay/src ~ old text ~ new text ~ loom|unit ~ the test that kills it
@@ -45,6 +44,9 @@ for want in "$@"; do
 done
 
 copy=$(mktemp -d)
+# The model checker's crate takes its files from outside its own folder, and cargo knows those by absolute path: a target directory that
+# another checkout has filled would look fresh, and every mutant would survive.
+loom_target=$copy/target/loom
 trap 'rm -rf "$copy"' EXIT
 git ls-files -co --exclude-standard -z | tar --null -T - -cf - | tar -xf - -C "$copy"
 
