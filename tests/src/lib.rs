@@ -21,6 +21,7 @@ pub mod paths;
 pub mod process;
 pub mod raw;
 pub mod rewrites;
+pub mod stream;
 pub mod xdp;
 
 pub use relay::lab::{Lab, LabSpec, RelayProcess};

@@ -2,7 +2,7 @@
 //!
 //! Must never judge: tests do.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use relay::lab::RelayProcess;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -53,8 +53,22 @@ fn object(fdinfo: &str) -> Option<(String, u64)> {
     })
 }
 
+/// Waits until the kernel has none of these any more: it frees them a moment after their last user. `false`: nobody could say,
+/// without bpftool.
+pub fn wait_unloaded(objects: &BTreeSet<(String, u64)>) -> Result<bool> {
+    let begin = Instant::now();
+    loop {
+        match still_loaded(objects) {
+            None => return Ok(false),
+            Some(left) if left.is_empty() => return Ok(true),
+            Some(left) => ensure!(begin.elapsed() < Duration::from_secs(5), "still loaded: {left:?}"),
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
 /// The objects of these that the kernel still has; `None` without bpftool.
-pub fn still_loaded(objects: &BTreeSet<(String, u64)>) -> Option<BTreeSet<(String, u64)>> {
+fn still_loaded(objects: &BTreeSet<(String, u64)>) -> Option<BTreeSet<(String, u64)>> {
     let exists = |kind: &str, id: u64| {
         let output = std::process::Command::new("bpftool").args(["-j", kind, "show", "id", &id.to_string()]).output().ok()?;
         Some(output.status.success())

@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 use relay::lab::arms::{GROUP, REWRITTEN};
 use relay::lab::process::signal_pid;
 use relay_tests::paths::{long, turn};
-use relay_tests::process::{bpf_objects, is_dead, sockets, still_loaded, wait_dead, wait_replaced};
+use relay_tests::process::{bpf_objects, is_dead, sockets, wait_dead, wait_replaced, wait_unloaded};
 use relay_tests::{
     Lab, Listener, RelayProcess, assert_frames_conserved, needs_root, send, send_args, send_in_background, start_relay, start_relay_unready,
 };
@@ -265,11 +265,7 @@ fn req_002_8_random_kills_lose_no_frame_and_leave_nothing() {
     forwards(&lab);
     assert!(relay.sigterm(Duration::from_secs(5)).unwrap().success());
     assert_eq!(names(), before, "left behind");
-    let begin = Instant::now();
-    while let Some(left) = still_loaded(&objects).filter(|left| !left.is_empty()) {
-        assert!(begin.elapsed() < Duration::from_secs(5), "still loaded: {left:?}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    wait_unloaded(&objects).unwrap();
 }
 
 /// 000.4: channels are made before the worker is, so no start can race; 1,000 starts and stops in the long form.

@@ -9,7 +9,7 @@ use relay::lab::arms::{GROUP, REWRITTEN};
 use relay::lab::process::signal_pid;
 use relay::lab::recv::Report;
 use relay_tests::paths::{self, Outside, Path, long, turn};
-use relay_tests::process::{bpf_objects, is_dead, still_loaded, wait_dead, wait_replaced};
+use relay_tests::process::{bpf_objects, is_dead, wait_dead, wait_replaced, wait_unloaded};
 use relay_tests::{
     Lab, Listener, RelayProcess, assert_frames_conserved, needs_root, send, send_args, send_in_background, start_relay, start_relay_unready,
 };
@@ -77,11 +77,7 @@ fn orphans_forward_on_and_leave_nothing_when_their_time_is_over() {
     let lingered = begin.elapsed();
     println!("gone {lingered:?} after the supervisor");
     assert!(lingered >= Duration::from_secs(3), "{lingered:?}");
-    let begin = Instant::now();
-    while let Some(left) = still_loaded(&objects).filter(|left| !left.is_empty()) {
-        assert!(begin.elapsed() < Duration::from_secs(5), "still loaded: {left:?}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    wait_unloaded(&objects).unwrap();
     let _next = start_relay(&lab, &args(&paths::XSK_FUSED, &rule, "0")).unwrap();
     forwards(&lab);
 }
@@ -119,11 +115,7 @@ fn a_stop_takes_the_keeper_along_and_a_dead_keeper_is_replaced() {
     let (second, objects) = (keeper(&relay), bpf_objects(relay.pid()));
     assert!(relay.sigterm(Duration::from_secs(5)).unwrap().success());
     wait_dead(&[second], Duration::from_secs(5)).unwrap();
-    let begin = Instant::now();
-    while let Some(left) = still_loaded(&objects).filter(|left| !left.is_empty()) {
-        assert!(begin.elapsed() < Duration::from_secs(5), "still loaded: {left:?}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    wait_unloaded(&objects).unwrap();
 }
 
 /// What happens to the relay while packets flow.
