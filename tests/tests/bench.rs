@@ -65,6 +65,28 @@ fn latency_has_percentiles_and_a_plot() {
     assert!(saved("svg").starts_with("<svg") && saved("txt").contains("p99.9"));
 }
 
+/// The demonstration of all paths, and its picture. Long: nothing else runs every row.
+#[test]
+fn the_demo_draws_what_it_compares() {
+    if !paths::long() {
+        return eprintln!("SKIPPED: the demonstration of all paths takes half a minute (RELAY_TEST_LONG=1)");
+    }
+    needs_root!();
+    let _turn = paths::turn();
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("demo.svg");
+    let mut command = Command::new(relay_bin().unwrap());
+    let output = command.args(["demo", "--json", "--compare"]).arg(&file).env_remove("RUST_LOG").output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rows: Vec<&str> = report["rows"].as_array().unwrap().iter().map(|row| row["backend"].as_str().unwrap()).collect();
+    assert_eq!(rows, ["kernel", "xsk", "packet", "sockets"]);
+    let svg = std::fs::read_to_string(&file).unwrap();
+    assert!(svg.starts_with("<svg ") && svg.matches("class=\"mark\"").count() == 4, "{svg}");
+    let directory_of_none = Command::new(relay_bin().unwrap()).args(["demo", "--compare", "/no/such/place.svg"]).output().unwrap();
+    assert!(directory_of_none.status.code() == Some(2), "{directory_of_none:?}");
+}
+
 /// One row a relay; what leaves one goes into the next.
 #[test]
 fn a_chain_has_a_row_a_relay() {

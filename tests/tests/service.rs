@@ -87,9 +87,15 @@ fn an_ordinary_user_sees_the_demo_pass() {
         eprintln!("SKIPPED: {errors}");
         return;
     }
+    assert_eq!(errors, "", "no terminal, no progress");
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
     assert!(report["verdict"] == "PASS" && output.status.success(), "{report} {errors}");
     assert!(report["note"].as_str().unwrap().contains("BPF is not permitted"), "{report}");
     assert!(report["rows"].as_array().unwrap().iter().any(|row| row["backend"] == "packet"), "{report}");
     eprintln!("as an ordinary user: {:?}", begin.elapsed());
+    // What it can't compare it says before it runs anything.
+    let compared = Command::new("setpriv").args(user).arg(&program).args(["demo", "--compare"]).current_dir("/").output().unwrap();
+    let said = String::from_utf8_lossy(&compared.stderr);
+    assert!(compared.status.code() == Some(2) && compared.stdout.is_empty(), "{compared:?}");
+    assert!(said.contains("--compare needs root: generator, path xsk and path kernel are BPF") && said.contains("; sudo relay"), "{said}");
 }

@@ -110,7 +110,7 @@ fn figures(files: &Files, is_paced: bool, context: &Context, measure: impl FnOnc
     }
     context.output.facts(&report, |_| paths::table(&report))?;
     for (file, text) in files.contents(&report) {
-        std::fs::write(&file, text).map_err(|error| unwritable(&file, &error))?;
+        std::fs::write(&file, text).map_err(|error| unwritable(&file, &error, FIELD))?;
     }
     for error in &report.errors {
         tracing::error!("{error}");
@@ -137,13 +137,18 @@ impl Files {
 
     /// A file that can't be written is said before minutes are spent on its figures.
     fn check(&self) -> Result<(), Failure> {
-        self.contents(&Report::default()).iter().try_for_each(|(file, _)| {
-            let opened = std::fs::OpenOptions::new().create(true).append(true).open(file);
-            opened.map(drop).map_err(|error| unwritable(file, &error))
-        })
+        self.contents(&Report::default()).iter().try_for_each(|(file, _)| check_writable(file, FIELD))
     }
 }
 
-fn unwritable(file: &Path, error: &std::io::Error) -> Failure {
-    Failure::bad_input(format!("{}: {error}", file.display())).field("--plot, --save")
+const FIELD: &str = "--plot, --save";
+
+/// Makes the file if there is none.
+pub(super) fn check_writable(file: &Path, field: &str) -> Result<(), Failure> {
+    let opened = std::fs::OpenOptions::new().create(true).append(true).open(file);
+    opened.map(drop).map_err(|error| unwritable(file, &error, field))
+}
+
+fn unwritable(file: &Path, error: &std::io::Error, field: &str) -> Failure {
+    Failure::bad_input(format!("{}: {error}", file.display())).field(field)
 }

@@ -6,6 +6,7 @@ use super::{Context, OK, Outcome, VERDICT_FAILED, rules, values};
 use crate::control::client::{Client, ClientError};
 use crate::control::message::{Request, Response};
 use crate::doctor::{Daemon, Finding, Question, Report, Verdict, examine};
+use crate::lab::progress::Steps;
 use crate::rule::Rule;
 use clap::Args;
 use std::path::{Path, PathBuf};
@@ -50,8 +51,9 @@ pub(super) fn run(args: &DoctorArgs, context: &Context) -> Outcome {
         listen: args.listen,
         daemon,
     };
-    say_that_it_takes_time(args.listen, context);
+    let listening = listening(args.listen);
     let report = examine(question).map_err(|error| Failure::new(1, error).hint("is /proc mounted, and netlink allowed here?"))?;
+    drop(listening);
     context.output.facts(&report, |output| page(&report, output))?;
     Ok(if report.verdict == Verdict::Fail { VERDICT_FAILED } else { OK })
 }
@@ -91,11 +93,13 @@ pub(super) fn check_namespace(pid: u32) -> Result<(), Failure> {
     }
 }
 
-/// On stderr, so that the table stays alone on stdout.
-pub(super) fn say_that_it_takes_time(listen: Duration, context: &Context) {
-    if listen > Duration::from_secs(1) && !context.global.json {
-        eprintln!("listening for {} s …", listen.as_secs());
+/// Says that it takes time, until dropped.
+pub(super) fn listening(listen: Duration) -> Steps {
+    let mut steps = Steps::new(None);
+    if listen > Duration::from_secs(1) {
+        steps.next(&format!("listening for {} s", listen.as_secs()));
     }
+    steps
 }
 
 fn page(report: &Report, output: &Output) -> String {

@@ -153,6 +153,9 @@ pub fn main() -> ExitCode {
 
 fn execute(cli: Cli) -> u8 {
     let json = cli.global.json;
+    if !json {
+        lab::progress::show();
+    }
     let context = Context { output: Output::new(json), global: cli.global };
     let outcome = logs::init(context.global.verbose, matches!(cli.command, Command::Run(_))).and_then(|()| dispatch(cli.command, &context));
     outcome.unwrap_or_else(|failure| {

@@ -30,7 +30,7 @@ pub(super) fn run(args: &WhyArgs, context: &Context) -> Outcome {
     })?;
     doctor::check_namespace(status(context)?.supervisor.pid)?;
     let known = Interfaces::open().and_then(|mut interfaces| interfaces.snapshot()).map_err(|error| Failure::new(1, error.to_string()))?;
-    doctor::say_that_it_takes_time(args.listen, context);
+    let listening = doctor::listening(args.listen);
     let (before, began) = (stats(context)?, Instant::now());
     let overheard = match known.get(&rule.ingress) {
         Some(interface) if interface.up => overhear(&rule, interface.ifindex, args.listen),
@@ -38,6 +38,7 @@ pub(super) fn run(args: &WhyArgs, context: &Context) -> Outcome {
     };
     // Without the right to listen the counters still need the time.
     std::thread::sleep(args.listen.saturating_sub(began.elapsed()));
+    drop(listening);
     let after = stats(context)?;
     let found = answer(&Evidence {
         rule: &rule,

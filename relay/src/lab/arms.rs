@@ -16,6 +16,9 @@ use super::{clock, socket};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 
+/// Without it there is no kernel path.
+const BTF: &str = "/sys/kernel/btf/vmlinux";
+
 /// What is sent to.
 pub const GROUP: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(239, 1, 1, 1)), 5000);
 /// What comes out.
@@ -56,6 +59,7 @@ impl Arm {
     pub fn missing(self) -> Option<&'static str> {
         match self {
             Self::XskLoop if cfg!(not(feature = "peers")) => Some("the feature `peers`"),
+            Self::Kernel if !Path::new(BTF).exists() => Some("the kernel's BTF (CONFIG_DEBUG_INFO_BTF)"),
             Self::Socat | Self::Smcroute => self.peer().filter(|peer| peer.find().is_none()).map(Program::command),
             _ => None,
         }

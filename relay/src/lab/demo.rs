@@ -4,13 +4,13 @@
 //! end are for the eye, one short burst each: `relay bench path` measures.
 
 use super::arms::{Arm, GROUP, REWRITTEN, Running, TTL};
-use super::bench::program;
+use super::bench::{self, program};
 use super::error::Result;
 use super::generator::{Generator, Sink};
+use super::progress::Steps;
 use super::recv::{self, Receiver, Verdict};
 use super::topology::Lab;
 use super::{clock, send, userns};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,7 +27,7 @@ const ATTEMPTS: u32 = 3;
 /// Length of a flat-out burst.
 const BURST: Duration = Duration::from_millis(1_000);
 /// Rows, in order.
-const ARMS: [Arm; 3] = [Arm::Xsk, Arm::Packet, Arm::Sockets];
+const ARMS: [Arm; 4] = [Arm::Kernel, Arm::Xsk, Arm::Packet, Arm::Sockets];
 /// Rows of a user who is not root.
 const ARMS_WITHOUT_BPF: [Arm; 2] = [Arm::Packet, Arm::Sockets];
 /// What is said there.
@@ -43,6 +43,9 @@ pub struct Args {
     /// Leave out the flat-out figures
     #[arg(long)]
     pub no_flat_out: bool,
+    /// Draw the flat-out figures side by side, as an SVG; needs root
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "relay-demo.svg", conflicts_with = "no_flat_out")]
+    pub compare: Option<PathBuf>,
 }
 
 /// `relay demo --json`.
@@ -102,23 +105,38 @@ pub fn demonstrate(args: &Args) -> Result<Report> {
         userns::enter()?;
     }
     let lab = Lab::simple()?;
-    let arms: &[Arm] = if root { &ARMS } else { &ARMS_WITHOUT_BPF };
+    let wanted: &[Arm] = if root { &ARMS } else { &ARMS_WITHOUT_BPF };
+    let (missing, arms): (Vec<Arm>, Vec<Arm>) = wanted.iter().partition(|arm| arm.missing().is_some());
     let rate = if root { RATE } else { RATE_WITHOUT_ROOT };
     let flat_out_too = root && !args.no_flat_out;
-    let progress = progress(arms.len() * if flat_out_too { 2 } else { 1 } + 2);
-    step(&progress, "three namespaces");
-    let mut report = Report { note: if root { String::new() } else { WITHOUT_BPF.into() }, ..Report::default() };
-    for &arm in arms {
-        step(&progress, &format!("{}: {} datagrams at {rate} a second", arm.name(), rate * SECONDS));
+    let mut steps = Steps::new(Some(if flat_out_too { 2 * arms.len() + 1 } else { arms.len() }));
+    let mut report = Report { note: if root { left_out(&missing) } else { WITHOUT_BPF.into() }, ..Report::default() };
+    for &arm in &arms {
+        steps.next(&format!("{}, {} datagrams at {rate} a second", arm.name(), rate * SECONDS));
         report.rows.push(correctness(&lab, arm, &program, rate));
     }
     if flat_out_too {
-        flat_out(&lab, &program, &mut report, &progress)?;
+        flat_out(&lab, &program, &arms, &mut report, &mut steps)?;
     }
-    progress.finish_and_clear();
     let pass = report.rows.iter().all(Row::passes);
     report.verdict = if pass { "PASS" } else { "FAIL" }.into();
     Ok(report)
+}
+
+/// What can't run here, and what it lacks.
+fn left_out(missing: &[Arm]) -> String {
+    let words = missing.iter().map(|arm| format!("no row {}: {} is missing", arm.name(), arm.missing().unwrap_or_default()));
+    words.collect::<Vec<_>>().join("; ")
+}
+
+/// The flat-out figures as an SVG. A row that has none is no bar.
+pub fn picture(report: &Report) -> String {
+    let bar = |row: &Row| {
+        let pps = row.flat_out_pps?;
+        let source_bound = report.generator_ceiling_pps.is_some_and(|ceiling| pps > bench::CEILING_MARGIN * ceiling);
+        Some(bench::Row { path: row.backend.clone(), delivered_pps: pps, min: pps, max: pps, source_bound, ..bench::Row::default() })
+    };
+    bench::svg(&bench::Report { rows: report.rows.iter().filter_map(bar).collect(), ..bench::Report::default() })
 }
 
 /// One row with verified traffic; an error becomes the row.
@@ -197,38 +215,21 @@ fn expectation(rate: u64) -> recv::Args {
 }
 
 /// A burst a row; a row that failed is not asked again.
-fn flat_out(lab: &Lab, program: &Path, report: &mut Report, progress: &ProgressBar) -> Result<()> {
+fn flat_out(lab: &Lab, program: &Path, arms: &[Arm], report: &mut Report, steps: &mut Steps) -> Result<()> {
     let cpus = clock::allowed_cpus();
     let cpu = cpus.first().copied().unwrap_or(0);
     let mut generator = Generator::new(lab, GROUP, 64)?;
-    step(progress, "the generator alone");
+    steps.next("the generator alone");
     report.generator_ceiling_pps = Some(generator.window(lab, cpu, &Sink::at_relay(lab)?, BURST)?.delivered_pps());
-    for (arm, row) in ARMS.into_iter().zip(&mut report.rows) {
-        step(progress, &format!("{}: flat out", arm.name()));
+    for (arm, row) in arms.iter().zip(&mut report.rows) {
+        steps.next(&format!("{}, flat out", arm.name()));
         if row.error.is_empty() {
-            let sink = Sink::of_stack(lab, 1, 64)?;
-            let _running = Running::start(lab, arm, program, relay_cpu(), &[])?;
+            let sink = if arm.sends_frames() { Sink::at_link(lab, 1)? } else { Sink::of_stack(lab, 1, 64)? };
+            let _running = Running::start(lab, *arm, program, relay_cpu(), &[])?;
             row.flat_out_pps = Some(generator.window(lab, cpu, &sink, BURST)?.delivered_pps());
         }
     }
     Ok(())
-}
-
-/// A bar on a terminal; lines on stderr otherwise.
-fn progress(steps: usize) -> ProgressBar {
-    let bar = ProgressBar::new(steps as u64);
-    if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} {msg} ({elapsed})") {
-        bar.set_style(style);
-    }
-    bar
-}
-
-fn step(bar: &ProgressBar, what: &str) {
-    bar.inc(1);
-    bar.set_message(what.to_owned());
-    if bar.is_hidden() {
-        eprintln!("demo: {what}");
-    }
 }
 
 /// The report as a table.
@@ -260,4 +261,18 @@ fn cells(row: &Row) -> Vec<String> {
         one(row.p99_us, 1),
         one(row.flat_out_pps, 0),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_picture_has_a_bar_for_each_row_with_a_figure() {
+        let row = |backend: &str, flat_out_pps| Row { backend: backend.into(), flat_out_pps, ..Row::default() };
+        let rows = vec![row("kernel", Some(5e6)), row("xsk", Some(1.25e6)), row("packet", None)];
+        let svg = picture(&Report { rows, generator_ceiling_pps: Some(5.1e6), ..Report::default() });
+        assert_eq!(svg.matches("class=\"mark\"").count(), 2, "{svg}");
+        assert!(svg.contains(">5 M (source-bound)<") && svg.contains(">1.25 M<") && !svg.contains("packet<"), "{svg}");
+    }
 }

@@ -17,6 +17,7 @@ pub mod packet;
 pub mod payload;
 pub mod peers;
 pub mod process;
+pub mod progress;
 pub mod recv;
 pub mod replay;
 pub mod ringbench;

@@ -5,6 +5,7 @@
 
 use super::clock;
 use super::error::{LabError, Result};
+use super::progress::Progress;
 use super::send::{Backend, parse_duration};
 use super::socket::{self, RecvBatch};
 use super::tally::{Silence, Tally};
@@ -315,9 +316,11 @@ impl Receiver {
         let mut company = Company::default();
         let mut limits = Limits::new();
         let softnet = clock::softnet_drops();
+        let mut progress = Progress::new("received", self.args.count);
         loop {
             let received = self.receive(&mut batch)?;
             take(&batch, &mut tally, &mut company);
+            progress.at(clock::monotonic_ns(), tally.received);
             let go_on = limits.go_on(&self.args, &tally, received > 0);
             if !go_on || (received == 0 && stop.load(Ordering::Relaxed)) {
                 break;

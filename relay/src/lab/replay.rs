@@ -5,6 +5,7 @@
 
 use super::capture_file::{self, Frame};
 use super::error::{LabError, Result};
+use super::progress::Progress;
 use super::send::{self, Late};
 use super::{clock, socket};
 use crate::nic::afpacket::socket::open_send;
@@ -202,11 +203,13 @@ fn play(
     let limit_ns = args.duration.map_or(u64::MAX, |limit| u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX));
     let (count, mut late) = (args.count.unwrap_or(u64::MAX), Late::new()?);
     let all = (0..replay.passes).flat_map(|pass| (0..frames.len()).map(move |index| (pass, index)));
+    let mut progress = Progress::new("sent", Some(count.min(replay.passes.saturating_mul(frames.len() as u64))));
     for (pass, index) in all {
-        let due_ns = schedule.due_ns(pass, index);
-        if report.sent >= count || due_ns >= limit_ns || clock::monotonic_ns() - start_ns >= limit_ns {
+        let (due_ns, now_ns) = (schedule.due_ns(pass, index), clock::monotonic_ns());
+        if report.sent >= count || due_ns >= limit_ns || now_ns - start_ns >= limit_ns {
             break;
         }
+        progress.at(now_ns, report.sent);
         let late_ns = send::wait_until(start_ns.saturating_add(due_ns));
         let bytes = frames.get(index).map(|frame| frame.bytes.as_slice()).unwrap_or_default();
         report.retries += push(socket, bytes, &args.iface)?;

@@ -4,6 +4,7 @@
 
 use super::error::{LabError, Result};
 use super::pace::{Pacer, Step};
+use super::progress::Progress;
 use super::socket::{self, SendBatch};
 use super::{clock, payload};
 use hdrhistogram::Histogram;
@@ -171,8 +172,11 @@ pub fn transmit<S: Sink>(args: &Args, sink: &mut S) -> Result<Report> {
     let mut pacer = Pacer::new(start_ns, args.rate, total, start_ns.saturating_add(limit_ns), BATCH);
     let mut late = Late::new()?;
     let mut report = Report { backend: S::NAME.into(), first_sequence: args.first, rate: args.rate, ..Report::default() };
+    let mut progress = Progress::new("sent", (total < u64::MAX).then_some(total));
     loop {
-        match pacer.step(clock::monotonic_ns()) {
+        let now_ns = clock::monotonic_ns();
+        progress.at(now_ns, report.sent);
+        match pacer.step(now_ns) {
             Step::Done => break,
             Step::Wait(ns) => pause(ns),
             Step::Send { count, late_ns } => {

@@ -5,6 +5,7 @@
 
 use super::error::{LabError, Result};
 use super::packet::{Flow, group_mac};
+use super::progress::Progress;
 use super::recv::{Args as RecvArgs, Limits, Report};
 use super::send::{Args as SendArgs, Sink};
 use super::tally::Tally;
@@ -196,6 +197,7 @@ pub fn receive(args: &RecvArgs) -> Result<Report> {
     let mut limits = Limits::new();
     let softnet = clock::softnet_drops();
     eprintln!("listening on {}", args.iface);
+    let mut progress = Progress::new("received", args.count);
     loop {
         // SAFETY: the RX ring and the descriptors are of the same UMEM.
         let received = unsafe { port.rings.rx.poll_and_consume(&mut descs, 20) }.map_err(LabError::io("AF_XDP poll"))?;
@@ -208,6 +210,7 @@ pub fn receive(args: &RecvArgs) -> Result<Report> {
                 tally.record(bytes, now);
             }
         }
+        progress.at(now, tally.received);
         give_back(&mut port.rings.fill, batch);
         if !limits.go_on(args, &tally, received > 0) {
             break;

@@ -9,6 +9,7 @@ use super::{Place, program};
 use crate::lab::arms::{Arm, GROUP, Running};
 use crate::lab::error::Result;
 use crate::lab::generator::{Generator, received};
+use crate::lab::progress::Steps;
 use crate::lab::send::parse_duration;
 use crate::lab::topology::Lab;
 use std::time::Duration;
@@ -90,6 +91,7 @@ struct Bench<'a> {
     lab: Lab,
     generator: Generator,
     args: &'a ChainArgs,
+    steps: Steps,
 }
 
 /// All paths, one after the other.
@@ -99,7 +101,7 @@ pub fn measure(args: &ChainArgs) -> Result<Report> {
     let generator = Generator::new(&lab, GROUP, 64)?;
     let mut report = Report { machine: machine(), ..Report::default() };
     report.ping_pong_ns.push(args.place.ping_pong_ns()?);
-    let mut bench = Bench { lab, generator, args };
+    let mut bench = Bench { lab, generator, args, steps: Steps::new(None) };
     for arm in &args.rows {
         match bench.path(*arm) {
             Ok(rows) => report.rows.extend(rows),
@@ -134,7 +136,7 @@ impl Bench<'_> {
     }
 
     fn trial(&mut self, arm: Arm, rate: u64, length: Duration) -> Result<Trial> {
-        eprintln!("{}, {} relays: {rate} packets a second for {length:?}", arm.name(), self.args.hops);
+        self.steps.next(&format!("{}, {} relays: {rate} packets a second for {length:?}", arm.name(), self.args.hops));
         let before = self.counters()?;
         let sent = self.generator.paced(&self.lab, self.args.place.generator_cpu, rate, length)?;
         std::thread::sleep(SETTLE);

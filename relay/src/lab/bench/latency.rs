@@ -17,6 +17,7 @@ use crate::lab::error::{LabError, Result};
 use crate::lab::generator::{SOURCE, received, sink_drops};
 use crate::lab::packet::{Flow, group_mac};
 use crate::lab::payload::{self, Parsed, STAMPED_LEN};
+use crate::lab::progress::Steps;
 use crate::lab::send::parse_duration;
 use crate::lab::socket::{self, RecvBatch, sampler};
 use crate::lab::topology::Lab;
@@ -105,12 +106,13 @@ fn name(arm: Option<Arm>) -> &'static str {
 /// Wire, A, B, wire, A, B: a row that fails once is not tried again.
 fn rounds(lab: &Lab, args: &LatencyArgs, arms: &[Option<Arm>], errors: &mut Vec<String>) -> Vec<Run> {
     let (mut runs, mut broken) = (Vec::new(), Vec::new());
+    let mut steps = Steps::new(Some(args.rounds as usize * arms.len()));
     for round in 1..=args.rounds {
         for arm in arms {
+            steps.next(&format!("{} at {} packets a second, round {round}", name(*arm), args.rate));
             if broken.contains(arm) {
                 continue;
             }
-            eprintln!("round {round}/{}: {} at {} packets a second", args.rounds, name(*arm), args.rate);
             match run(lab, args, *arm) {
                 Ok(run) => runs.push(run),
                 Err(error) => {

@@ -13,6 +13,7 @@ mod report;
 mod runs;
 
 pub use plot::svg;
+pub(super) use report::CEILING_MARGIN;
 pub use report::{Machine, Report, Row, machine, table};
 
 use super::arms::{Arm, GROUP};

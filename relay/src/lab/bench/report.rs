@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 /// A ping-pong slower than this says that the machine is in its slow state.
 const SLOW_PING_PONG_NS: f64 = 200.0;
 /// A relay within this of the ceiling may be the generator's figure.
-const CEILING_MARGIN: f64 = 0.9;
+pub(in crate::lab) const CEILING_MARGIN: f64 = 0.9;
 /// At flat out, a relay that delivers this share of the offer was not the bottleneck.
 const KEPT_UP: f64 = 0.98;
 /// A run that loses more than this share after the relay is void.

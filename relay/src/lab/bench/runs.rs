@@ -6,6 +6,7 @@ use super::Load;
 use crate::lab::arms::{Arm, Running};
 use crate::lab::error::Result;
 use crate::lab::generator::{Generator, Sink, Window, sink_drops};
+use crate::lab::progress::Steps;
 use crate::lab::topology::Lab;
 use std::time::Duration;
 
@@ -45,12 +46,13 @@ pub(super) struct Run {
 pub(super) fn flat_out(lab: &Lab, generator: &mut Generator, cases: &[Case], load: &Load, errors: &mut Vec<String>) -> Vec<Run> {
     let mut runs = Vec::new();
     let mut broken = Vec::new();
+    let mut steps = Steps::new(Some(load.rounds as usize * cases.len()));
     for round in 1..=load.rounds {
         for case in cases {
+            steps.next(&format!("{}, round {round}", case.name()));
             if broken.contains(case) {
                 continue;
             }
-            eprintln!("round {round}/{}: {}", load.rounds, case.name());
             match flat_out_once(lab, generator, case, load) {
                 Ok(run) => runs.push(run),
                 Err(error) => {
@@ -75,8 +77,9 @@ fn flat_out_once(lab: &Lab, generator: &mut Generator, case: &Case, load: &Load)
 /// One paced run a row: every packet is counted in and out.
 pub(super) fn paced(lab: &Lab, generator: &mut Generator, cases: &[Case], load: &Load, rate: u64, errors: &mut Vec<String>) -> Vec<Run> {
     let mut runs = Vec::new();
+    let mut steps = Steps::new(Some(cases.len()));
     for case in cases {
-        eprintln!("{}: {rate} packets a second for {:?}", case.name(), load.duration);
+        steps.next(&format!("{}, {rate} packets a second for {:?}", case.name(), load.duration));
         match paced_once(lab, generator, case, load, rate) {
             Ok(run) => runs.push(run),
             Err(error) => errors.push(format!("row {}: {error}", case.name())),

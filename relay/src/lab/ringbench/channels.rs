@@ -5,6 +5,7 @@
 
 use super::BadInput;
 use super::measure::{Place, percentile, ping_pong, preemptions, summary};
+use crate::lab::progress::Steps;
 use crate::ring::memory::Heap;
 use crate::ring::{Memory, Publisher, Received, Subscriber, broadcast};
 use anyhow::{Result, anyhow, bail, ensure};
@@ -86,7 +87,9 @@ pub fn measure(args: &Args) -> Result<Report> {
     let place = Place::choose(args.same_core, false)?;
     let lines = ping_pong(place, args.iters.min(100_000))?;
     let mut found: Vec<Vec<Round>> = args.readers.iter().map(|_| Vec::new()).collect();
+    let mut steps = Steps::new(Some(args.rounds as usize));
     for _ in 0..args.rounds {
+        steps.next("rounds");
         for (readers, rounds) in args.readers.iter().zip(&mut found) {
             rounds.push(round(*readers, args.iters, place)?);
         }

@@ -8,6 +8,7 @@ use super::peer::DESCRIPTORS;
 use super::queues::{self, CAPACITY, Message, Receives, Sends, Stream, StreamReceiver, StreamSender};
 use super::ring::{Conditions, check, row};
 use super::{BadInput, Report};
+use crate::lab::progress::Steps;
 use crate::ring::{Consumer, Layout, Memory, Producer, init};
 use crate::shm::discovery::take_fd;
 use crate::shm::{Access, Bell, Segment};
@@ -210,9 +211,11 @@ pub(super) fn measure_with(args: &Args, peer: &dyn Fn() -> Command) -> Result<Re
     let lines = ping_pong(place, samples)?;
     let mut report = Report { cpus: vec![place.sender, place.receiver], ..Report::default() };
     (report.ping_pong_ns, report.ping_pong_p99_ns) = (percentile(&lines, 0.5), percentile(&lines, 0.99));
+    let mut steps = Steps::new(Some(args.size.len() * args.batch.len() * args.rounds as usize));
     for (size, batch) in args.size.iter().flat_map(|size| args.batch.iter().map(|batch| (*size, *batch))) {
         let mut found = vec![(Vec::new(), Vec::new(), 0); args.mode.len()];
-        for _ in 0..args.rounds {
+        for round in 1..=args.rounds {
+            steps.next(&format!("{batch} x {size} bytes, round {round}"));
             for (kind, (rounds, trips, preempted)) in args.mode.iter().zip(&mut found) {
                 let round = Round { kind: *kind, size, batch, iters: args.iters, samples, place };
                 let (ns, times, preemptions) = round.run(peer())?;

@@ -3,6 +3,7 @@
 use super::measure::{Place, percentile, ping_pong, round_trips, summary, throughput};
 use super::queues::{self, Ends, Message};
 use super::{BadInput, Report, Row};
+use crate::lab::progress::Steps;
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 
@@ -92,9 +93,11 @@ pub fn measure(args: &Args) -> Result<Report> {
     let lines = ping_pong(place, samples)?;
     let mut report = Report { cpus: vec![place.sender, place.receiver], fifo: args.fifo, ..Report::default() };
     (report.ping_pong_ns, report.ping_pong_p99_ns) = (percentile(&lines, 0.5), percentile(&lines, 0.99));
+    let mut steps = Steps::new(Some(args.size.len() * args.batch.len() * args.rounds as usize));
     for (size, batch) in args.size.iter().flat_map(|size| args.batch.iter().map(|batch| (*size, *batch))) {
         let mut found = vec![(Vec::new(), 0); args.mode.len()];
-        for _ in 0..args.rounds {
+        for round in 1..=args.rounds {
+            steps.next(&format!("{batch} x {size} bytes, round {round}"));
             for (mode, (rounds, preempted)) in args.mode.iter().zip(&mut found) {
                 let (ns, preemptions) = throughput(sized(*mode, size)?, place, args.iters, batch)?;
                 rounds.push(ns);

@@ -5,6 +5,7 @@
 
 use super::BadInput;
 use super::measure::summary;
+use crate::lab::progress::Steps;
 use crate::wire::checksum::{Delta, fold};
 use crate::wire::parse::parse;
 use crate::worker::team::{Hooks, Team};
@@ -182,7 +183,9 @@ pub fn measure(args: &Args) -> Result<Report> {
         bail!(BadInput(format!("--workers {wrong}: use 1 to {}, one for each CPU this process may use", cpus.len())));
     }
     let mut found = vec![Vec::new(); args.workers.len()];
+    let mut steps = Steps::new(Some(args.rounds as usize));
     for _ in 0..args.rounds {
+        steps.next("rounds");
         for (workers, rounds) in args.workers.iter().zip(&mut found) {
             rounds.push(round(*workers, args.iters, &cpus)?);
         }
