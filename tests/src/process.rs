@@ -5,6 +5,7 @@
 use anyhow::{Context, Result, ensure};
 use relay::lab::RelayProcess;
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// A line `key: value` of /proc/PID/status.
@@ -36,6 +37,19 @@ pub fn sockets(pid: u32) -> BTreeSet<String> {
     let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
     let links = entries.filter_map(|entry| std::fs::read_link(entry.path()).ok());
     links.map(|link| link.to_string_lossy().into_owned()).filter(|link| link.starts_with("socket:")).collect()
+}
+
+/// Descriptors of a process, as paths to open, whose name has this in it (memfds have names).
+pub fn memory_named(pid: u32, name: &str) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).with_context(|| format!("process {pid}"))?.flatten();
+    let named = |path: &PathBuf| std::fs::read_link(path).is_ok_and(|link| link.to_string_lossy().contains(name));
+    Ok(entries.map(|entry| entry.path()).filter(named).collect())
+}
+
+/// KiB that /proc/PID/status says under this key.
+pub fn kib(pid: u32, key: &str) -> Result<u64> {
+    let text = status_field(pid, key)?;
+    text.trim_end_matches("kB").trim().parse().with_context(|| format!("{key} of {pid}: {text}"))
 }
 
 /// Ids of the BPF objects a process holds, as (`prog`, id), (`map`, id), (`link`, id).

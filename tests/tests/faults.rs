@@ -8,7 +8,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use relay::control::message::PROTOCOL_VERSION;
 use relay::lab::process::signal_pid;
 use relay_tests::paths::{XSK_FUSED, renice, turn};
-use relay_tests::process::{status_field, wait_replaced};
+use relay_tests::process::{kib, wait_replaced};
 use relay_tests::stream::Stream;
 use relay_tests::{Lab, RelayProcess, needs_root, relay_bin, send_args, send_in_background};
 use std::fs::{File, OpenOptions};
@@ -129,8 +129,7 @@ fn a_flood_of_clients_costs_no_packet_and_little_memory() {
     let _turn = turn();
     let lab = Lab::simple().unwrap();
     let relay = XSK_FUSED.start(&lab, &[RULE]).unwrap();
-    let kib = |key: &str| -> u64 { status_field(relay.pid(), key).unwrap().trim_end_matches(" kB").trim().parse().unwrap() };
-    let before = kib("VmRSS");
+    let before = kib(relay.pid(), "VmRSS").unwrap();
     // The peak begins anew.
     std::fs::write(format!("/proc/{}/clear_refs", relay.pid()), "5").unwrap();
     costs_nothing(&lab, &relay, RATE, || {
@@ -145,7 +144,7 @@ fn a_flood_of_clients_costs_no_packet_and_little_memory() {
         relay.wait_status("no answer after the flood", Duration::from_secs(5), |_| true).unwrap();
         println!("{clients} clients");
     });
-    let grown = kib("VmHWM").saturating_sub(before);
+    let grown = kib(relay.pid(), "VmHWM").unwrap().saturating_sub(before);
     println!("the supervisor's memory grew by {grown} KiB at most");
     assert!(grown <= 8 << 10, "{grown} KiB");
 }

@@ -6,7 +6,7 @@
 use nix::sys::signal::Signal;
 use relay::lab::process::signal_pid;
 use relay_tests::paths::{XSK_FUSED, turn};
-use relay_tests::process::is_dead;
+use relay_tests::process::{is_dead, memory_named};
 use relay_tests::stream::Stream;
 use relay_tests::{Lab, Listener, RelayProcess, needs_root, relay_bin, send_args, send_in_background, start_relay};
 use std::collections::BTreeSet;
@@ -65,13 +65,6 @@ fn a_crash_loop_is_named_and_costs_other_rules_nothing() {
     assert_eq!(listener.wait().unwrap().lost, 0);
 }
 
-/// Descriptors of a process whose name has this in it.
-fn memory_named(pid: u32, name: &str) -> Vec<std::path::PathBuf> {
-    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
-    let named = |path: &std::path::PathBuf| std::fs::read_link(path).is_ok_and(|link| link.to_string_lossy().contains(name));
-    entries.map(|entry| entry.path()).filter(named).collect()
-}
-
 /// A worker's status segment is hostile to the supervisor: whatever stands in it, the supervisor answers, its other rules lose
 /// nothing, and a worker that cannot go on is replaced by one that forwards.
 #[test]
@@ -80,7 +73,7 @@ fn a_scribbled_status_segment_harms_neither_supervisor_nor_other_rules() {
     let _turn = turn();
     let lab = Lab::simple().unwrap();
     let relay = start_relay(&lab, &["--rule", KERNEL_RULE, "--rule", WORKER_RULE]).unwrap();
-    let segments = memory_named(relay.pid(), "status");
+    let segments = memory_named(relay.pid(), "status").unwrap();
     assert!(!segments.is_empty(), "no status segment among the supervisor's descriptors");
     costs_the_others_nothing(&lab, &relay, || {
         let mut random = 88_172_645_463_325_252_u64;

@@ -241,3 +241,33 @@ fn sighup_reads_the_file_again_or_changes_nothing() {
     assert_eq!(ids(&relay), ["two", "three", "given"]);
     assert!(relay.log().contains("nothing changed") && relay.log().contains("relay.toml:2"), "{}", relay.log());
 }
+
+/// A file cut off in the middle of a rule, as by a copy that has not finished: the rules that run stay as they are. (What is cut off
+/// between two rules is a file with fewer rules.)
+#[test]
+fn sighup_with_a_file_cut_off_changes_nothing() {
+    needs_root!();
+    let _turn = paths::turn();
+    let lab = Lab::simple().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("relay.toml");
+    write(&file, &[("one", "239.1.0.1"), ("two", "239.1.0.2")]);
+    let whole = std::fs::read_to_string(&file).unwrap();
+    let relay = relay_tests::start_relay(&lab, &["--config", file.to_str().unwrap()]).unwrap();
+    let rules = relay.rules().unwrap();
+    let refused = || relay.log().matches("nothing changed").count();
+    // In the version, a key, a string, a table's name, an address, before an output, at the last byte but two.
+    let at = |text: &str, into: usize| whole.rfind(text).unwrap() + into;
+    let cuts =
+        [5, at("match", 3), at("239.1.0.2", 5), at("[[rule]]", 6), at("[[rule.output]]", 0), at("[[rule.output]]", 16), whole.len() - 2];
+    for (number, cut) in cuts.into_iter().enumerate() {
+        std::fs::write(&file, &whole[..cut]).unwrap();
+        relay.signal(Signal::SIGHUP).unwrap();
+        let begin = Instant::now();
+        while refused() <= number {
+            assert!(begin.elapsed() < Duration::from_secs(5), "taken for whole: {:?}; {}", &whole[..cut], relay.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(relay.rules().unwrap(), rules, "{:?}", &whole[..cut]);
+    }
+}

@@ -12,9 +12,9 @@ use crate::frame::HeldMap;
 use crate::frame::{FRAME_SIZE, Pool, RawDesc, Umem};
 use crate::nic::Transmit;
 use crate::nic::memory::{Arrival, MemoryReceive, MemoryTransmit, SharedWire, Wire};
-use crate::plan::counters::{Counter, output_clock, output_range, port_rx, rule_range};
+use crate::plan::counters::{Counter, output_clock, output_range, port_drop, port_rx, rule_range};
 use crate::plan::edit::{Edit, SET_DPORT, SET_DST, TTL_DEC, TTL_KEEP, TTL_SET, VLAN_KEEP, VLAN_SET};
-use crate::plan::fate::OutputDropReason;
+use crate::plan::fate::{DropReason, OutputDropReason};
 use crate::plan::status::StatusPage;
 use crate::plan::tap::{self, Fate, Point, TapReader, TapWriter, Wanted};
 use crate::plan::work::WorkLayout;
@@ -469,6 +469,44 @@ fn a_blocked_output_is_counted_once() {
     exactly_once(&outputs, 7, FUSED);
 }
 
+/// The number in a packet that was sent, tagged or not.
+fn number_of(packet: &[u8]) -> u8 {
+    let ip = if packet[12..14] == [0x81, 0] { 18 } else { 14 };
+    packet[ip + 5]
+}
+
+/// What is sent with packets that kill everybody who comes to them: each costs the workers it takes to tell, and itself.
+fn poisoned(outputs: &[OutputPlan], numbers: &[u8]) {
+    let (mut sent, _) = golden(outputs, [true; PORTS]);
+    sent.iter_mut().for_each(|port| port.retain(|packet| !numbers.contains(&number_of(packet))));
+    let world = World::new(outputs.to_vec(), [true; PORTS], arrivals());
+    let poison = |arrival: Arrival| arrival.pieces.first().filter(|first| numbers.contains(&first[19])).map(|first| first[..34].to_vec());
+    fuse::mine(arrivals().into_iter().filter_map(poison).collect());
+    let mut deaths = 0;
+    while !world.live(None, FUSED) {
+        deaths += 1;
+        assert!(deaths < 20, "{numbers:?}: a crash loop");
+    }
+    fuse::mine(Vec::new());
+    // The first needs three deaths. One behind it in the same batch is known at once; of another batch, it needs three again.
+    assert!((3..=3 * numbers.len()).contains(&deaths), "{numbers:?}: {deaths} deaths");
+    assert!(world.sent() == sent, "{numbers:?}: sent {:?} instead of {:?}", lens(&world.sent()), lens(&sent));
+    assert_eq!(world.counters.get(port_drop(0, DropReason::Poison) as usize).packets, numbers.len() as u64, "{numbers:?}");
+    world.assert_frames(&numbers);
+}
+
+/// DECISIONS §9: the packet at the cursor is dropped when the batch has killed three workers. The others lose nothing.
+#[test]
+fn a_packet_that_kills_every_worker_is_skipped_and_counted() {
+    for number in [0, 1, 4, 6, 7, 8] {
+        poisoned(&single(), &[number]);
+        poisoned(&four([1, 2, 3, 1]), &[number]);
+    }
+    for numbers in [[0, 1], [1, 4], [0, 8]] {
+        poisoned(&four([3, 2, 1, 3]), &numbers);
+    }
+}
+
 /// Packets seen by a capture: number in the packet, where, by which output.
 fn seen(reader: &mut TapReader) -> Vec<(u8, Point, Option<u16>)> {
     let mut seen = Vec::new();
@@ -477,8 +515,7 @@ fn seen(reader: &mut TapReader) -> Vec<(u8, Point, Option<u16>)> {
             Fate::Sent { output } | Fate::OutputDropped { output, .. } => Some(output),
             Fate::Forwarded { .. } | Fate::Dropped(_) => None,
         };
-        let ip = if record.bytes[12..14] == [0x81, 0] { 18 } else { 14 };
-        seen.push((record.bytes[ip + 5], record.sight.point, output));
+        seen.push((number_of(record.bytes), record.sight.point, output));
     }
     seen
 }

@@ -344,6 +344,9 @@ impl<R: Receive> Ingress<R> {
             let skip = poison.is_some_and(|bits| bits & 1u64.checked_shl(at as u32).unwrap_or(0) != 0);
             let mut hand = Hand { umem, pool, egress, staging, tally, tap, replay: poison.is_some(), now, counters, clocks };
             let saved = journal.saved(at);
+            if !skip {
+                fuse::reached(&saved);
+            }
             let left = hand.packet(table, (number, ifindex), packet, &saved, skip);
             for fragment in left {
                 freed.push(fragment.frame.into_index());

@@ -15,6 +15,21 @@ const FUNCTION_LIMIT: usize = 60;
 const HOSTS: [(&str, &str); 6] =
     [("crates", ".io"), ("docs", ".rs/"), ("pypi", ".org"), ("npmjs", ".org"), ("deb.debian", ".org"), ("proxy.golang", ".org")];
 
+/// Ways to ask for the time of day, which jumps.
+const WALL_CLOCKS: [&str; 4] = ["SystemTime", "CLOCK_REALTIME", "CLOCK_TAI", "UtcDateTime"];
+/// Files of the product that may: they stamp what others read, and decide nothing by it.
+const STAMPS: [&str; 2] = ["relay/src/datapath/tap.rs", "relay/src/lab/clock.rs"];
+
+/// What a clock that jumps could make go wrong: nothing may be decided by the time of day.
+fn wall_clocks(source: &Source) -> Vec<Finding> {
+    if !source.path.starts_with("relay/src/") || STAMPS.contains(&source.path.as_str()) {
+        return Vec::new();
+    }
+    let asks = |line: &str| WALL_CLOCKS.into_iter().find(|clock| line.contains(clock));
+    let found = source.product().filter_map(|(at, line)| asks(line).map(|clock| (at, clock)));
+    found.map(|(at, clock)| error(&source.path, at, format!("`{clock}` jumps: use Instant or CLOCK_MONOTONIC"))).collect()
+}
+
 /// Any text file.
 pub(super) fn check_file(file: &File) -> Vec<Finding> {
     let mut findings = Vec::new();
@@ -45,6 +60,7 @@ pub(super) fn check_source(source: &Source) -> Vec<Finding> {
             findings.push(error(&source.path, at + 1, "`allow` never ends: write `#[expect(lint, reason = \"…\")]`"));
         }
     }
+    findings.extend(wall_clocks(source));
     findings.extend(long_functions(source));
     findings
 }
@@ -143,6 +159,14 @@ mod tests {
         assert!(says(&check_source(&source("//! x\n#[allow(dead_code)]\nfn f() {}\n")), "2: error: `allow`"));
         assert!(says(&check_source(&source("//! x\n#![ allow(dead_code)]\n")), "allow"));
         assert!(check_source(&source("//! x\n// #[allow(dead_code)]\n")).is_empty());
+    }
+
+    #[test]
+    fn the_time_of_day_is_found_in_the_product_alone() {
+        assert!(says(&check_source(&source("//! x\nfn f() { std::time::SystemTime::now(); }\n")), "2: error: `SystemTime` jumps"));
+        assert!(check_source(&source("//! x\n// SystemTime\n#[cfg(test)]\nmod tests {\n    use std::time::SystemTime;\n}\n")).is_empty());
+        let stamp = File { path: STAMPS[0].into(), text: "//! x\nfn f() { now(CLOCK_REALTIME); }\n".into() };
+        assert!(check_source(&scan_one(&stamp)).is_empty());
     }
 
     #[test]
