@@ -16,4 +16,4 @@ for page in "$generated"/man/*.1; do gzip -9nf "$page"; done
 "$relay" completions bash > "$generated/relay.bash"
 "$relay" completions zsh > "$generated/_relay"
 "$relay" completions fish > "$generated/relay.fish"
-cargo deb --no-build --profile "$profile" -p relay
+cargo deb --no-build --strip --profile "$profile" -p relay

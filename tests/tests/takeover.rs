@@ -298,6 +298,38 @@ fn refusals_name_the_remedy_and_change_nothing() {
     assert_eq!(keeper(&relay), 0, "--linger of the successor counts");
 }
 
+/// A file that somebody broke refuses a successor while there is something to go on without it; orphans it doesn't condemn.
+#[test]
+fn a_broken_file_ends_no_orphans() {
+    needs_root!();
+    let _turn = turn();
+    let lab = Lab::simple().unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path().to_str().unwrap();
+    let output = format!("[[rule.output]]\negress = \"r1\"\nto = \"{REWRITTEN}\"\nttl = \"keep\"\n");
+    let good = format!("version = 1\n[[rule]]\nid = \"a\"\ningress = \"r0\"\nmatch = \"{GROUP}\"\n{output}");
+    std::fs::write(path, &good).unwrap();
+    let args = [paths::XSK_FUSED.args, &["--config", path, "--linger", "60s"]].concat();
+    let mut relay = start_relay(&lab, &args).unwrap();
+    settle();
+    std::fs::write(path, "version = 1\n[[rule]]\nid = ").unwrap();
+    let socket = relay.socket();
+    let mut command = lab.relay.command(relay_tests::relay_bin().unwrap()).unwrap();
+    let refused = command.arg("run").args(&args).args(["--takeover", "--socket"]).arg(&socket).output().unwrap();
+    let words = String::from_utf8_lossy(&refused.stderr);
+    assert!(refused.status.code() == Some(2) && words.contains(path), "{words}");
+    forwards(&lab);
+    kill(&mut relay);
+    relay.take_over(&lab.relay, &args).unwrap();
+    relay.wait_ready().unwrap();
+    assert!(relay.log().contains("configuration refused: the rules of the running relay stay"), "{}", relay.log());
+    forwards(&lab);
+    std::fs::write(path, good).unwrap();
+    relay.signal(Signal::SIGHUP).unwrap();
+    settle();
+    forwards(&lab);
+}
+
 /// What `relay run --takeover` says to a user who has no business there; `None` without setpriv.
 fn take_as_somebody_else(lab: &Lab, socket: &str) -> Option<String> {
     let directory = tempfile::tempdir().unwrap();

@@ -1,14 +1,17 @@
-//! Logs on stderr: levels by -v, directives by RUST_LOG, no colours outside a terminal.
+//! Logs on stderr, or in the journal where stderr is journald's: levels by -v, directives by RUST_LOG, no colours outside a terminal.
 //!
 //! Who reads them may stop, go away, or have no room. Must never wait for that nor end over it: lines are lost then, and counted.
 
 use super::failure::Failure;
+use super::journal::{self, Journal};
 use super::output::colours_wanted;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// What a pipe that is ready takes at once (PIPE_BUF).
 const PIECE: usize = 4096;
@@ -28,9 +31,21 @@ pub(super) fn init(verbose: u8, is_daemon: bool) -> Result<(), Failure> {
     let filter = EnvFilter::try_new(directives.as_deref().unwrap_or(level))
         .map_err(|error| Failure::bad_input(format!("RUST_LOG: {error}")).field("RUST_LOG").hint("for example RUST_LOG=relay=debug"))?;
     let colours = io::stderr().is_terminal() && colours_wanted();
-    // A logger that is there already (a test's) stays.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| Unhurried(io::stderr(), &LOST)).with_ansi(colours).try_init();
+    // A logger that is there already (a test's) stays. The daemon alone has the journal's descriptor: a worker may not send.
+    let _ = match is_daemon.then(journal).flatten() {
+        Some(journal) => tracing_subscriber::registry().with(filter).with(journal).try_init(),
+        None => {
+            let stderr = tracing_subscriber::fmt::layer().with_writer(|| Unhurried(io::stderr(), &LOST)).with_ansi(colours);
+            tracing_subscriber::registry().with(filter).with(stderr).try_init()
+        }
+    };
     Ok(())
+}
+
+/// The journal, if stderr would end there anyway.
+fn journal() -> Option<Journal> {
+    let stderr = nix::sys::stat::fstat(io::stderr()).ok()?;
+    journal::is_stderr(stderr.st_dev, stderr.st_ino).then(Journal::open)?.ok()
 }
 
 /// Writes each line only as far as it is taken at once. O_NONBLOCK would do the same, but to everybody who shares the terminal.

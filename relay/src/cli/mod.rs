@@ -13,6 +13,7 @@ mod demo;
 mod diff;
 mod doctor;
 pub mod failure;
+mod journal;
 mod logs;
 mod man;
 pub mod output;

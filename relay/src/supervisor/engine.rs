@@ -111,17 +111,20 @@ fn failed<E: std::fmt::Display>(what: &'static str) -> impl Fn(E) -> RunError {
 
 /// Runs the relay until it is told to stop. With an inheritance ([`super::takeover::begin`]) the rules in force stay in force.
 pub fn run(options: Options, inheritance: Option<Inheritance>) -> Result<(), RunError> {
-    let set = load(&options)?;
+    let given = load(&options);
     if let Err(error) = process::short_slice(SLICE) {
         tracing::debug!(%error, "scheduler slice kept");
     }
-    let is_heir = inheritance.is_some();
-    let mut supervisor = Supervisor::set_up(options, inheritance)?;
-    if is_heir {
-        supervisor.resume(&set)?;
+    let mut supervisor = if inheritance.is_some() {
+        let mut supervisor = Supervisor::set_up(options, inheritance)?;
+        supervisor.resume(given)?;
+        supervisor
     } else {
+        let set = given?;
+        let mut supervisor = Supervisor::set_up(options, None)?;
         supervisor.begin(set, None, Response::Done(String::new()))?;
-    }
+        supervisor
+    };
     drop_privileges()?;
     supervisor.forward()
 }

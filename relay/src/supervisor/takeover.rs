@@ -78,21 +78,31 @@ impl From<ClientError> for Unfit {
 /// Takes the relay with the same control socket over, if there is one. After this nothing of it supervises any more; its workers
 /// and its program forward on. `None`: there was none, or it was ended since nothing can be gone on with.
 pub fn begin(options: &Options) -> Result<Option<Inheritance>, RunError> {
-    engine::load(options)?;
+    let bad_rules = engine::load(options).err();
     let connected = keeper::connect(&options.socket);
     let Some(keeper) = connected.map_err(|error| RunError::bad("--takeover", error, "name the socket of your own relay with --socket"))?
     else {
         tracing::info!(socket = %options.socket.display(), "no relay to take over (one without --linger can't be): an ordinary start");
-        return Ok(None);
+        return bad_rules.map_or(Ok(None), Err);
     };
-    match prepare(&keeper, options) {
-        Ok(program) => seize(keeper, program).map(Some),
-        Err(Unfit::Refused(error)) => Err(error),
-        Err(Unfit::Incompatible(why)) => {
+    // Nothing is lost by refusing while a supervisor lives. Orphans would end with their time: they go on by the rules they have.
+    if let Some(error) = bad_rules.clone().filter(|_| !is_orphaned(&keeper)) {
+        return Err(error);
+    }
+    match (prepare(&keeper, options), bad_rules) {
+        (Ok(program), _) => seize(keeper, program).map(Some),
+        (Err(Unfit::Refused(error)), _) | (Err(Unfit::Incompatible(_)), Some(error)) => Err(error),
+        (Err(Unfit::Incompatible(why)), None) => {
             tracing::warn!(%why, "can't go on with the running relay: it is ended, and this one starts clean");
             end(keeper).map(|()| None)
         }
     }
+}
+
+/// Whether nobody supervises the workers that are to be taken over.
+fn is_orphaned(keeper: &Client) -> bool {
+    let supervisor = keeper.table().ok().and_then(|mut table| table.take(Role::Supervisor, "").ok());
+    supervisor.is_some_and(|pidfd| process::has_ended(pidfd.as_fd()))
 }
 
 /// Everything that can be refused. Changes nothing.

@@ -77,10 +77,14 @@ impl Supervisor {
     }
 
     /// After a take-over: the rules in force stay in force, by this supervisor's program, memberships and workers. `given`: those of
-    /// the command line, which wait for SIGHUP.
-    pub(super) fn resume(&mut self, given: &RuleSet) -> Result<(), RunError> {
-        if !self.book.set.diff(given).is_empty() {
-            tracing::info!("the rules of the running relay stay; those of the command line are others: SIGHUP brings them in force");
+    /// the command line, which wait for SIGHUP, or for somebody who mends them.
+    pub(super) fn resume(&mut self, given: Result<RuleSet, RunError>) -> Result<(), RunError> {
+        match given {
+            Err(error) => tracing::error!(%error, "configuration refused: the rules of the running relay stay"),
+            Ok(given) if !self.book.set.diff(&given).is_empty() => {
+                tracing::info!("the rules of the running relay stay; those of the command line are others: SIGHUP brings them in force");
+            }
+            Ok(_) => {}
         }
         let set = self.book.set.clone();
         let locks = self.locks_for(set.rules())?;
