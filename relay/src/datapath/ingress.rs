@@ -6,6 +6,7 @@
 //! The losing design: frames shared by several outputs with a count (DECISIONS §2) saves a memcpy of 1–4 % and costs a
 //! shared count that a kill can leave wrong.
 
+use super::copy::{Fragments, copy, header_of, place_of_copy, restore};
 use super::journal::{Armed, EgressMark, Journal, MOVE_RECYCLE, MOVE_REFILL, Move, SAVED_LEN, SavedHeader};
 use super::rewrite::{Checked, inspect, rewrite};
 use super::table::{OutputPlan, RulePlan, Table};
@@ -14,7 +15,9 @@ use super::tap::{Original, Tap};
 use crate::frame::HeldMap;
 use crate::frame::{COALESCE, CONTINUES, FRAME_SIZE, Frame, HEADROOM, MAX_FRAGMENTS, Pool, RawDesc, Umem};
 use crate::nic::{BATCH_DESCS, BATCH_LEN, Batch, Fragment, Packet, Receive, TAKEN_DESCS};
-use crate::plan::counters::{Counter, MAX_PORTS, output_clock, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx};
+use crate::plan::counters::{
+    Counter, MAX_PORTS, MAX_RULE_OUTPUTS, output_clock, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx,
+};
 use crate::plan::fate::{DropReason, OutputDropReason};
 use crate::ring::{Consumer, Producer};
 use crate::sys::{SharedArray, fuse};
@@ -22,8 +25,11 @@ use crate::wire::{Headers, parse};
 use arrayvec::ArrayVec;
 use std::sync::Arc;
 
-/// Frames moved at most by one refill or recycle.
+/// Frames moved at most by one refill.
 const MOVE_LEN: u32 = 256;
+/// Frames moved at most by one recycle: all that a batch may have taken. With 256, a rule with 16 outputs found no frame for three
+/// of four packets.
+const RECYCLE_LEN: u32 = (BATCH_LEN * MAX_RULE_OUTPUTS) as u32;
 /// A refill waits until this many frames are missing, so that its journal entry is paid once for many.
 const REFILL_FROM: u32 = if cfg!(test) { 4 } else { 32 };
 
@@ -199,7 +205,7 @@ impl<R: Receive> Ingress<R> {
 
     /// Return ring → pool.
     pub(super) fn recycle(&mut self) {
-        let count = self.returns.available_for(1).min(MOVE_LEN);
+        let count = self.returns.available_for(RECYCLE_LEN).min(RECYCLE_LEN);
         if count == 0 {
             return;
         }
@@ -242,7 +248,8 @@ impl<R: Receive> Ingress<R> {
 
     fn receive_batch(&mut self, index: usize, table: &Table) -> usize {
         let Some(port) = self.ports.get_mut(index) else { return 0 };
-        port.receive.receive(&self.umem, BATCH_LEN, &mut self.batch, &mut self.spare);
+        let most = most_packets(&self.egress, table.widest());
+        port.receive.receive(&self.umem, most, &mut self.batch, &mut self.spare);
         if self.batch.is_empty() && self.spare.is_empty() {
             return 0;
         }
@@ -391,22 +398,16 @@ impl<R: Receive> Ingress<R> {
     }
 }
 
+/// Packets of a batch at most, so that an empty egress ring has room for all of them when a rule has `widest` outputs.
+fn most_packets(egress: &[Option<Producer<RawDesc>>], widest: usize) -> usize {
+    let room = egress.iter().flatten().map(|ring| ring.capacity() as usize).min().unwrap_or(usize::MAX);
+    (room / widest.max(1)).clamp(1, BATCH_LEN)
+}
+
 fn set(array: &mut [u32; MAX_PORTS], at: usize, value: u32) {
     if let Some(entry) = array.get_mut(at) {
         *entry = value;
     }
-}
-
-/// The first bytes of a packet, zero-padded.
-fn header_of(umem: &Umem, packet: &Packet) -> SavedHeader {
-    let mut saved = [0; SAVED_LEN];
-    if let Some(first) = packet.fragments.first() {
-        let bytes = umem.bytes(&first.frame, first.offset, first.len.min(SAVED_LEN as u32));
-        if let Some(to) = saved.get_mut(..bytes.len()) {
-            to.copy_from_slice(bytes);
-        }
-    }
-    saved
 }
 
 /// What one packet's processing may touch.
@@ -433,8 +434,6 @@ fn now() -> u64 {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(std::time::Duration::ZERO, std::time::Duration::from);
     (now.as_nanos() as u64) << 6
 }
-
-type Fragments = ArrayVec<Fragment, MAX_FRAGMENTS>;
 
 fn original<'a>(umem: &'a Umem, head: &'a [u8], fragments: &'a Fragments, len: u64) -> Original<'a> {
     Original { umem, head, fragments, len }
@@ -560,11 +559,12 @@ impl Hand<'_> {
         let published = self.staging.is_published(output.port);
         for (index, fragment) in fragments.iter().enumerate() {
             let Some(mut frame) = self.pool.take(self.umem) else { break };
+            let offset = place_of_copy(&frame, fragment.len);
             if !published {
                 let head = if index == 0 { parsed.head } else { &[] };
-                copy(self.umem, fragment, head, &mut frame);
+                copy(self.umem, fragment, head, &mut frame, offset);
             }
-            copies.push(Fragment { frame, offset: HEADROOM, len: fragment.len });
+            copies.push(Fragment { frame, offset, len: fragment.len });
         }
         let fits = if published { Ok(()) } else { self.edit(output, parsed, &mut copies) };
         match fits {
@@ -639,26 +639,6 @@ fn verdict(output: &OutputPlan, parsed: &Parsed<'_>) -> Result<(), OutputDropRea
     }
     let (mut offset, mut len) = (HEADROOM, parsed.head.len() as u32);
     rewrite(&mut scratch, &mut offset, &mut len, &parsed.headers, &parsed.checked, &output.edit)
-}
-
-/// Writes the original header back (replay of a packet that no ring has got).
-fn restore(umem: &Umem, fragments: &mut Fragments, head: &[u8]) {
-    if let Some(first) = fragments.first_mut() {
-        umem.bytes_mut(&mut first.frame, first.offset, head.len() as u32).copy_from_slice(head);
-    }
-}
-
-/// Copies a fragment, its first bytes from `head`.
-fn copy(umem: &Umem, from: &Fragment, head: &[u8], to: &mut Frame) {
-    let target = umem.bytes_mut(to, HEADROOM, from.len);
-    let source = umem.bytes(&from.frame, from.offset, from.len);
-    let len = target.len().min(source.len());
-    if let (Some(target), Some(source)) = (target.get_mut(head.len()..len), source.get(head.len()..len)) {
-        target.copy_from_slice(source);
-    }
-    if let Some(target) = target.get_mut(..head.len()) {
-        target.copy_from_slice(head);
-    }
 }
 
 fn find<'t>(

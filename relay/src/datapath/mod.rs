@@ -3,6 +3,7 @@
 //! Must never make a system call outside the port contract, take a lock, allocate per packet, log, panic on input, or
 //! know which kernel interface is behind a port.
 
+mod copy;
 #[cfg(test)]
 mod crash;
 pub mod egress;

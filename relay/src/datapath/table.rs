@@ -76,6 +76,7 @@ pub struct Table {
     compiled: Compiled,
     own_sources: Vec<(u32, [u8; 16])>,
     has_rates: bool,
+    widest: usize,
 }
 
 impl Table {
@@ -89,7 +90,13 @@ impl Table {
             }
         }
         let has_rates = rules.iter().any(|rule| rule.outputs.iter().any(|output| output.gap != 0));
-        Self { epoch, by_slot, rules, compiled, own_sources, has_rates }
+        let widest = rules.iter().map(|rule| rule.outputs.len()).max().unwrap_or(0);
+        Self { epoch, by_slot, rules, compiled, own_sources, has_rates, widest }
+    }
+
+    /// The most outputs that a rule has.
+    pub const fn widest(&self) -> usize {
+        self.widest
     }
 
     /// Whether any output has a rate limit, so that a batch has to know the time.

@@ -22,9 +22,23 @@ use std::sync::Arc;
 
 /// Packets sorted at a time, and so the most that a kill loses.
 pub(super) const WINDOW: usize = 1024;
-/// Places for runs that may still grow.
-const OPEN: usize = 256;
+/// Places for runs that may still grow, and those looked at for one flow.
+const OPEN: usize = 512;
+const PROBES: usize = 8;
 const NONE: u16 = u16::MAX;
+
+/// The run that a flow may go on with.
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    hash: u32,
+    /// Of which window; any other: the place is empty.
+    window: u32,
+    run: u16,
+}
+
+impl Open {
+    const NONE: Self = Self { hash: 0, window: 0, run: NONE };
+}
 
 /// A packet in the window: its number in the outbox, and the next of its run.
 #[derive(Clone, Copy, Debug)]
@@ -63,7 +77,10 @@ pub(super) struct CoalesceTransmit {
     packets: Vec<Waiting>,
     runs: Vec<Run>,
     numbers: Vec<u16>,
-    open: Box<[u16; OPEN]>,
+    open: Box<[Open]>,
+    window: u32,
+    /// Runs before it grow no more.
+    floor: u16,
     call: Call,
     adaptive: Adaptive,
 }
@@ -77,7 +94,9 @@ impl CoalesceTransmit {
             packets: Vec::with_capacity(WINDOW),
             runs: Vec::with_capacity(WINDOW),
             numbers: Vec::with_capacity(WINDOW),
-            open: Box::new([NONE; OPEN]),
+            open: vec![Open::NONE; OPEN].into(),
+            window: 0,
+            floor: 0,
             call: Call { iovecs: Vec::with_capacity(WINDOW * (MAX_FRAGMENTS + 1)), messages: Vec::with_capacity(WINDOW) },
             adaptive: Adaptive::new(),
         }
@@ -102,17 +121,19 @@ impl CoalesceTransmit {
     fn gather<H: Held>(&mut self, outbox: &mut Outbox<H>) -> bool {
         self.packets.clear();
         self.runs.clear();
-        self.open.fill(NONE);
+        self.window = self.window.wrapping_add(1);
+        self.floor = 0;
+        let umem = Arc::clone(&self.umem);
         while self.packets.len() < WINDOW {
             let Some((number, pieces)) = outbox.next() else { break };
             let at = self.packets.len() as u16;
             self.packets.push(Waiting { number, next: NONE });
             let [piece] = pieces.as_slice() else {
                 let label = pieces.first().map_or(0, RawDesc::label);
-                self.runs.push(Run { header: Header::NONE, shape: None, label, first: at, last: at, count: 1 });
+                self.alone(Run { header: Header::NONE, shape: None, label, first: at, last: at, count: 1 });
                 continue;
             };
-            self.sort(at, *piece);
+            self.sort(&umem, at, *piece);
         }
         for run in &mut self.runs {
             match run.shape {
@@ -123,40 +144,47 @@ impl CoalesceTransmit {
         !self.packets.is_empty()
     }
 
+    /// A packet that no run may take, nor may one go on past it: it could be of the same flow.
+    fn alone(&mut self, run: Run) {
+        self.runs.push(run);
+        self.floor = self.runs.len() as u16;
+    }
+
     /// Puts a packet in one piece into the run that it continues, or begins one.
-    fn sort(&mut self, at: u16, piece: RawDesc) {
+    fn sort(&mut self, umem: &Umem, at: u16, piece: RawDesc) {
         let label = piece.label();
         let alone = Run { header: Header::NONE, shape: None, label, first: at, last: at, count: 1 };
         // The outbox has checked that the piece lies in the UMEM; the token ends here, the frame stays the outbox's.
-        let Ok((frame, offset)) = self.umem.claim(piece) else { return self.runs.push(alone) };
-        let bytes = self.umem.bytes(&frame, offset, piece.len);
-        let run = match Shape::of(bytes) {
-            None => Some(alone),
-            Some(shape) => {
-                let place = (shape.hash(bytes) ^ label.wrapping_mul(0x85eb_ca6b)) as usize % OPEN;
-                let open = self.open.get_mut(place).map(|open| std::mem::replace(open, self.runs.len() as u16));
-                let candidate = open.and_then(|open| Some((open, self.runs.get_mut(usize::from(open))?)));
-                match candidate {
-                    Some((number, run))
-                        if run.label == label
-                            && run.shape == Some(shape)
-                            && shape.continues(run.header.first(), usize::from(run.count), bytes) =>
-                    {
-                        if let Some(last) = self.packets.get_mut(usize::from(run.last)) {
-                            last.next = at;
-                        }
-                        (run.last, run.count) = (at, run.count + 1);
-                        if let Some(open) = self.open.get_mut(place) {
-                            *open = number;
-                        }
-                        None
-                    }
-                    _ => Some(Run { header: Header::begin(shape, bytes), shape: Some(shape), ..alone }),
-                }
-            }
-        };
+        let Ok((frame, offset)) = umem.claim(piece) else { return self.alone(alone) };
+        let bytes = umem.bytes(&frame, offset, piece.len);
+        match Shape::of(bytes) {
+            None => self.alone(alone),
+            Some(shape) => self.join(at, label, shape, bytes),
+        }
         frame.into_index();
-        self.runs.extend(run);
+    }
+
+    /// Into the run that is open for its flow, or a new one that takes its place.
+    fn join(&mut self, at: u16, label: u32, shape: Shape, bytes: &[u8]) {
+        let new = self.runs.len() as u16;
+        let mut none = Open::NONE;
+        let hash = shape.hash(bytes) ^ label.wrapping_mul(0x85eb_ca6b);
+        let open = place(&mut self.open, self.window, hash).unwrap_or(&mut none);
+        let number = if open.run < self.floor { NONE } else { open.run };
+        match self.runs.get_mut(usize::from(number)) {
+            Some(run)
+                if run.label == label && run.shape == Some(shape) && shape.continues(run.header.first(), usize::from(run.count), bytes) =>
+            {
+                if let Some(last) = self.packets.get_mut(usize::from(run.last)) {
+                    last.next = at;
+                }
+                (run.last, run.count) = (at, run.count + 1);
+            }
+            _ => {
+                open.run = new;
+                self.runs.push(Run { header: Header::begin(shape, bytes), shape: Some(shape), label, first: at, last: at, count: 1 });
+            }
+        }
     }
 
     /// Sends runs; returns the number that went, or why the first did not.
@@ -208,7 +236,7 @@ impl CoalesceTransmit {
                 Ok(sent) if sent > 0 => {
                     for run in rest.iter().take(sent) {
                         self.chain(run.first).for_each(|(_, number)| outbox.settle(number, Ok(())));
-                        self.adaptive.sent(run.label, u32::from(run.count));
+                        self.adaptive.sent(u32::from(run.count));
                     }
                     done += sent;
                 }
@@ -256,6 +284,19 @@ impl CoalesceTransmit {
     }
 }
 
+/// Where the run of a flow stands: its place, or an empty one, or where all that were looked at are taken, the first of them. (One
+/// place a flow had two outputs of 16 fall on the same one as a rule, and each packet of them cut the other's run.)
+fn place(open: &mut [Open], window: u32, hash: u32) -> Option<&mut Open> {
+    let at = |probe: usize| (hash as usize).wrapping_add(probe) % OPEN;
+    let fits = |place: &Open| place.window != window || place.hash == hash;
+    let chosen = (0..PROBES).map(at).find(|at| open.get(*at).is_some_and(fits)).unwrap_or_else(|| at(0));
+    let place = open.get_mut(chosen)?;
+    if (place.window, place.hash) != (window, hash) {
+        *place = Open { hash, window, run: NONE };
+    }
+    Some(place)
+}
+
 impl SendEngine for CoalesceTransmit {
     fn flush<H: Held>(&mut self, outbox: &mut Outbox<H>) -> Result<Kick, Errno> {
         while self.gather(outbox) {
@@ -270,5 +311,25 @@ impl SendEngine for CoalesceTransmit {
             }
         }
         Ok(outbox.verdict())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flows_with_one_place_keep_their_runs() {
+        let mut open = vec![Open::NONE; OPEN];
+        let hashes: Vec<u32> = (0..PROBES as u32).map(|n| 7 + n * OPEN as u32).collect();
+        let mut run_of = |window, hash| place(&mut open, window, hash).unwrap().run;
+        assert_eq!(run_of(1, hashes[0]), NONE);
+        for (number, hash) in hashes.iter().enumerate() {
+            place(&mut open, 1, *hash).unwrap().run = number as u16;
+        }
+        let mut run_of = |window, hash| place(&mut open, window, hash).unwrap().run;
+        assert!(hashes.iter().enumerate().all(|(number, hash)| run_of(1, *hash) == number as u16), "each has its own");
+        assert_eq!(run_of(1, 7 + 99 * OPEN as u32), NONE, "one too many takes the first place");
+        assert_eq!((run_of(1, hashes[1]), run_of(2, hashes[1])), (1, NONE), "a new window has none");
     }
 }
