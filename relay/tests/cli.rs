@@ -92,7 +92,7 @@ fn status() -> Status {
 
 fn stats() -> Stats {
     let rule = RuleStats { outputs: vec![OutputStats::default()], ..RuleStats::default() };
-    Stats { interfaces: vec![InterfaceStats::default()], rules: vec![rule], frames: FrameStats::default() }
+    Stats { interfaces: vec![InterfaceStats::default()], rules: vec![rule], frames: FrameStats::default(), latency: Vec::new() }
 }
 
 fn channels() -> Channels {

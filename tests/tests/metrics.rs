@@ -2,12 +2,20 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up its world has failed")]
 
 use relay::lab::{Lab, RelayProcess, send};
-use relay_tests::{Listener, needs_root, send_args, start_relay};
+use relay_tests::paths::Path;
+use relay_tests::{Listener, needs_root, on_every_path, on_path, send_args, start_relay};
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+on_every_path!(every_packet_that_is_sent_is_measured);
+
+/// The same where super-frames leave by another half of the port.
+mod coalescing {
+    super::on_path!(xsk_split, every_packet_that_is_sent_is_measured, XSK_COALESCE_SPLIT);
+}
 
 /// Status line, headers, and body of one request.
 fn fetch(lab: &Lab, request: &str) -> (String, String) {
@@ -31,19 +39,24 @@ fn samples(page: &str) -> BTreeMap<String, f64> {
     for line in page.lines() {
         if let Some(rest) = line.strip_prefix("# TYPE ") {
             let (name, kind) = rest.split_once(' ').unwrap();
-            assert!(["counter", "gauge"].contains(&kind), "{line}");
+            assert!(["counter", "gauge", "histogram"].contains(&kind), "{line}");
             assert!(types.insert(name.to_owned(), kind.to_owned()).is_none(), "twice: {line}");
             assert_eq!(kind == "counter", name.ends_with("_total"), "{line}");
         } else if !line.starts_with("# HELP ") {
             let (series, value) = line.rsplit_once(' ').unwrap();
             let name = series.split('{').next().unwrap();
-            assert!(types.contains_key(name), "no type before {line}");
+            assert!(types.contains_key(family(name)), "no type before {line}");
             assert!(name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_'), "{line}");
             assert!(series == name || (series.ends_with("\"}") && series.contains("=\"")), "{line}");
             assert!(found.insert(series.to_owned(), value.parse().unwrap()).is_none(), "twice: {line}");
         }
     }
     found
+}
+
+/// A histogram's samples have names of their own.
+fn family(name: &str) -> &str {
+    ["_bucket", "_sum", "_count"].iter().find_map(|part| name.strip_suffix(part)).unwrap_or(name)
 }
 
 fn sum(samples: &BTreeMap<String, f64>, name: &str, holding: &str) -> u64 {
@@ -99,16 +112,61 @@ fn metrics_parse_and_sum_to_what_the_receiver_saw() {
     assert_eq!(sum(&samples, "relay_worker_running", "state=\"run\""), 1);
     assert_eq!(sum(&samples, "relay_rule_joined", ""), 2);
     assert_eq!(sum(&samples, "relay_frames", ""), 32_768);
+    latency_is_measured_once_for_each_packet_sent(&samples, &relay.stats().unwrap()["latency"][0]);
     documented(&samples);
     the_rest_of_http(&lab);
     ends_with_its_relay(relay);
+}
+
+/// 3000 packets for two outputs; none of those that were dropped.
+fn latency_is_measured_once_for_each_packet_sent(samples: &BTreeMap<String, f64>, stats: &serde_json::Value) {
+    let bucket = |le: &str| samples[&format!("relay_worker_latency_seconds_bucket{{worker=\"0\",le=\"{le}\"}}")] as u64;
+    assert_eq!(sum(samples, "relay_worker_latency_seconds_count", ""), 6000);
+    assert_eq!((bucket("+Inf"), bucket("0.000000256")), (6000, 0), "a system call takes longer");
+    let seconds = samples["relay_worker_latency_seconds_sum{worker=\"0\"}"];
+    assert!(seconds > 6000.0 * 256e-9 && seconds < 6000.0, "{seconds}");
+    let [packets, p50, p99, p999] = ["packets", "p50_ns", "p99_ns", "p999_ns"].map(|key| stats[key].as_u64().unwrap());
+    assert!(packets == 6000 && p50 > 256 && p50 <= p99 && p99 <= p999, "{stats}");
+    let counts = stats["buckets"].as_array().unwrap().iter().map(|bucket| bucket[1].as_u64().unwrap());
+    assert_eq!(counts.sum::<u64>(), 6000);
+}
+
+/// How long packets were in the workers is counted once for each that an output was sent; on the kernel path there is no worker.
+fn every_packet_that_is_sent_is_measured(path: &Path) {
+    let lab = Lab::simple().unwrap();
+    let relay = path.start(&lab, &["r0 239.1.1.1:5000 -> r1 239.9.9.9:6000, r1 239.9.9.8:6001; id=a"]).unwrap();
+    relay_tests::send(&lab, &send_args("s0", "239.1.1.1:5000", 2000, 500).unwrap()).unwrap();
+    let begin = Instant::now();
+    loop {
+        let stats = relay.stats().unwrap();
+        let outputs = stats["rules"][0]["outputs"].as_array().unwrap();
+        let sent: u64 = outputs.iter().map(|output| output["tx_packets"].as_u64().unwrap()).sum();
+        let workers = stats["latency"].as_array().unwrap();
+        let measured: u64 = workers.iter().map(|worker| worker["packets"].as_u64().unwrap()).sum();
+        if path.path == "kernel" && workers.is_empty() || sent > 0 && measured == sent {
+            break;
+        }
+        assert!(begin.elapsed() < Duration::from_secs(5), "{}: {measured} of {sent} measured: {stats}", path.name);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// `promtool check rules` of the alerts, where it is installed.
+#[test]
+fn the_alerts_are_rules() {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging/alerts.yml");
+    let Ok(output) = Command::new("promtool").args(["check", "rules", file]).output() else {
+        eprintln!("SKIPPED: promtool is not installed (package prometheus)");
+        return;
+    };
+    assert!(output.status.success(), "{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
 }
 
 /// Every family is in docs/metrics.md.
 fn documented(samples: &BTreeMap<String, f64>) {
     let text = include_str!("../../docs/metrics.md");
     for series in samples.keys() {
-        let name = series.split('{').next().unwrap();
+        let name = family(series.split('{').next().unwrap());
         let short = name.strip_prefix("relay_interface").or(name.strip_prefix("relay_rule")).or(name.strip_prefix("relay_output"));
         assert!(text.contains(&format!("`{name}`")) || short.is_some_and(|short| text.contains(&format!("`…{short}`"))), "{name}");
     }

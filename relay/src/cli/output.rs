@@ -116,6 +116,16 @@ pub fn duration(milliseconds: u64) -> String {
     }
 }
 
+/// Nanoseconds as `850 ns`, `1.9 µs`, `41.0 µs`, `5.2 ms` or `1.07 s`: at most eight characters.
+pub fn span(nanoseconds: u64) -> String {
+    match nanoseconds as f64 {
+        ns if ns < 1e3 => format!("{ns} ns"),
+        ns if ns < 999.95e3 => format!("{:.1} µs", ns / 1e3),
+        ns if ns < 999.95e6 => format!("{:.1} ms", ns / 1e6),
+        ns => format!("{:.2} s", ns / 1e9),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -132,6 +142,14 @@ mod tests {
         ];
         for (milliseconds, says) in cases {
             assert_eq!(duration(milliseconds), says);
+        }
+    }
+
+    #[test]
+    fn spans_are_short() {
+        let cases = [(0, "0 ns"), (999, "999 ns"), (1_920, "1.9 µs"), (999_999, "1.0 ms"), (41_943_040, "41.9 ms"), (1 << 30, "1.07 s")];
+        for (nanoseconds, says) in cases {
+            assert_eq!(span(nanoseconds), says);
         }
     }
 

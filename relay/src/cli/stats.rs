@@ -1,8 +1,8 @@
 //! `relay stats`: counters of interfaces, rules, outputs and frames.
 
-use super::output::{self, lines, number, text};
+use super::output::{self, lines, number, span, text};
 use super::{Context, OK, Outcome, unexpected};
-use crate::control::message::{FrameStats, InterfaceStats, Request, Response, RuleStats, Stats};
+use crate::control::message::{FrameStats, InterfaceStats, Request, Response, RuleStats, Stats, WorkerLatency};
 use std::collections::BTreeMap;
 
 /// Asks and prints.
@@ -14,7 +14,7 @@ pub(super) fn run(context: &Context) -> Outcome {
 }
 
 fn page(stats: &Stats) -> String {
-    [interfaces(&stats.interfaces), rules(&stats.rules), frames(&stats.frames)].join("\n")
+    [interfaces(&stats.interfaces), rules(&stats.rules), frames(&stats.frames) + &latency(&stats.latency)].join("\n")
 }
 
 fn interfaces(interfaces: &[InterfaceStats]) -> String {
@@ -61,6 +61,15 @@ fn frames(frames: &FrameStats) -> String {
     format!("frames: {} = {}\n", frames.total, if taken.is_empty() { "none".into() } else { taken.join(" + ") })
 }
 
+/// A line a worker that has sent something.
+fn latency(workers: &[WorkerLatency]) -> String {
+    let line = |one: &WorkerLatency| {
+        let [p50, p99, p999] = [one.p50_ns, one.p99_ns, one.p999_ns].map(span);
+        format!("in worker {}: {} packets, p50 {p50}, p99 {p99}, p99.9 {p999}\n", one.worker, one.packets)
+    };
+    workers.iter().filter(|one| one.packets > 0).map(line).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -74,6 +83,10 @@ mod tests {
             interfaces: vec![InterfaceStats { name: "eth0".into(), rx_packets: 10, rx_bytes: 1000, ..InterfaceStats::default() }],
             rules: vec![RuleStats { id: "a".into(), rx_packets: 10, rx_bytes: 1000, drops: BTreeMap::new(), outputs: vec![output] }],
             frames: FrameStats { total: 16_384, free: 16_000, fill: 384, ..FrameStats::default() },
+            latency: vec![
+                WorkerLatency { packets: 7, p50_ns: 1_920, p99_ns: 40_960, p999_ns: 5_242_880, ..WorkerLatency::default() },
+                WorkerLatency { worker: 1, ..WorkerLatency::default() },
+            ],
         };
         assert_eq!(
             page(&stats),
@@ -84,7 +97,8 @@ mod tests {
              a     in                10   1000  -\n\
              \u{20}     0 eth1 keep        7    700  no_frame 3\n\
              \n\
-             frames: 16384 = free 16000 + fill 384\n"
+             frames: 16384 = free 16000 + fill 384\n\
+             in worker 0: 7 packets, p50 1.9 µs, p99 41.0 µs, p99.9 5.2 ms\n"
         );
     }
 }

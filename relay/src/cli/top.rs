@@ -4,15 +4,16 @@
 //! answers, so that tests draw it without a terminal. Must never change anything.
 
 use super::failure::Failure;
-use super::output::duration;
+use super::output::{duration, span};
 use super::{Context, OK, Outcome, unexpected, values};
-use crate::control::message::{Request, Response, RuleInfo, Stats, Status};
+use crate::control::message::{InterfaceInfo, Request, Response, RuleInfo, Stats, Status, WorkerInfo};
+use crate::plan::latency;
 use clap::Args;
 use ratatui::Frame;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
-use ratatui::layout::{Constraint, Layout, Rect};
+use ratatui::layout::{Alignment, Constraint, Layout, Rect};
 use ratatui::style::{Color, Modifier, Style};
-use ratatui::text::Line;
+use ratatui::text::{Line, Text};
 use ratatui::widgets::{Paragraph, Row, Table};
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
@@ -91,6 +92,7 @@ struct Rates {
     megabits: f64,
     dropped: f64,
     reason: String,
+    text: String,
 }
 
 /// Draws until `q`.
@@ -225,6 +227,7 @@ fn rates_of(screen: &Screen, rule: &crate::control::message::RuleStats, info: &R
         megabits: since(bytes(rule), bytes(&before)) * 8.0 / 1e6,
         dropped: since(total(&now), total(&then)),
         reason: worst.filter(|(count, _)| *count > 0).map(|(_, reason)| reason.clone()).unwrap_or_default(),
+        text: info.rule.clone(),
     }
 }
 
@@ -251,21 +254,62 @@ fn short(rate: f64) -> String {
 
 const HEAD: Style = Style::new().add_modifier(Modifier::BOLD);
 const BAD: Style = Style::new().fg(Color::Red);
+/// From this width on each table has its last column, which says what there is no room for on 80.
+const WIDE: u16 = 120;
+
+/// Name, width, and on which side its words stand.
+struct Column(&'static str, Constraint, Alignment);
+
+const fn left(name: &'static str, width: u16) -> Column {
+    Column(name, Constraint::Length(width), Alignment::Left)
+}
+
+const fn right(name: &'static str, width: u16) -> Column {
+    Column(name, Constraint::Length(width), Alignment::Right)
+}
+
+const fn rest(name: &'static str) -> Column {
+    Column(name, Constraint::Min(0), Alignment::Left)
+}
+
+/// The words of a row, and whether somebody ought to look at it.
+type Words = (Vec<String>, bool);
+
+fn draw_table(frame: &mut Frame<'_>, area: Rect, columns: &[Column], rows: impl Iterator<Item = Words>) {
+    let columns = if area.width < WIDE { columns.get(..columns.len() - 1).unwrap_or_default() } else { columns };
+    let aligned = |words: Vec<String>| Row::new(words.into_iter().zip(columns).map(|(text, column)| Text::from(text).alignment(column.2)));
+    let rows = rows.map(|(words, is_bad)| if is_bad { aligned(words).style(BAD) } else { aligned(words) });
+    let header = aligned(columns.iter().map(|column| column.0.to_owned()).collect()).style(HEAD);
+    frame.render_widget(Table::new(rows, columns.iter().map(|column| column.1)).header(header), area);
+}
+
+/// The first of a list that is too long for its place, and how many there are besides.
+fn cut(mut rows: Vec<Words>, room: u16) -> Vec<Words> {
+    let room = usize::from(room.max(1));
+    if rows.len() > room {
+        let more = rows.len() - (room - 1);
+        rows.truncate(room - 1);
+        rows.push((vec![String::new(), format!("{more} more")], false));
+    }
+    rows
+}
 
 fn draw(frame: &mut Frame<'_>, screen: &Screen) {
-    let (interfaces, workers) = (screen.now.status.interfaces.len() as u16, screen.now.status.workers.len() as u16);
+    let height = frame.area().height;
+    let workers = cut(screen.now.status.workers.iter().map(|worker| worker_row(screen, worker)).collect(), height / 6);
+    let interfaces = cut(screen.now.status.interfaces.iter().map(|info| interface_row(screen, info)).collect(), height / 4);
     let areas = Layout::vertical([
         Constraint::Length(1),
-        Constraint::Length(1 + workers.min(4)),
-        Constraint::Length(1 + interfaces.min(6)),
+        Constraint::Length(1 + workers.len() as u16),
+        Constraint::Length(1 + interfaces.len() as u16),
         Constraint::Min(3),
         Constraint::Length(1),
     ])
     .split(frame.area());
     let [head, worker, interface, rule, foot] = areas[..] else { return };
     frame.render_widget(Paragraph::new(title(screen)).style(HEAD), head);
-    draw_workers(frame, worker, screen);
-    draw_interfaces(frame, interface, screen);
+    draw_table(frame, worker, &WORKERS, workers.into_iter());
+    draw_table(frame, interface, &INTERFACES, interfaces.into_iter());
     draw_rules(frame, rule, screen);
     frame.render_widget(Paragraph::new(keys(screen)), foot);
 }
@@ -292,144 +336,181 @@ fn keys(screen: &Screen) -> String {
     format!("q quit  s sort ({})  / filter{filter}  p pause  ↑↓ scroll", screen.sort.name())
 }
 
-fn draw_workers(frame: &mut Frame<'_>, area: Rect, screen: &Screen) {
-    let rows = screen.now.status.workers.iter().map(|worker| {
-        let row = Row::new([
-            worker.id.to_string(),
-            worker.state.clone(),
-            worker.pid.to_string(),
-            if worker.cpu < 0 { "any".into() } else { worker.cpu.to_string() },
-            format!("{} {}", worker.pipeline, worker.wait),
-            duration(worker.heartbeat_age_ms),
-            worker.restarts.to_string(),
-        ]);
-        if worker.state == "run" { row } else { row.style(BAD) }
-    });
-    let widths = [6, 9, 8, 4, 16, 10, 8].map(Constraint::Length);
-    let header = Row::new(["WORKER", "STATE", "PID", "CPU", "LOOP", "BEAT", "RESTARTS"]).style(HEAD);
-    frame.render_widget(Table::new(rows, widths).header(header), area);
+const WORKERS: [Column; 10] = [
+    left("WORKER", 6),
+    left("STATE", 8),
+    right("PID", 7),
+    right("CPU", 3),
+    left("LOOP", 14),
+    right("BEAT", 8),
+    right("P50", 8),
+    right("P99", 8),
+    right("RESTARTS", 8),
+    rest("LAST EXIT"),
+];
+
+/// P50 and P99 are of the packets since the look before.
+fn worker_row(screen: &Screen, worker: &WorkerInfo) -> Words {
+    let find = |look: &Look| look.stats.latency.iter().find(|one| one.worker == worker.id).cloned().unwrap_or_default().buckets;
+    let new = latency::since(&find(&screen.now), &find(&screen.before));
+    let [p50, p99] = [0.5, 0.99].map(|share| latency::quantile(&new, share).map_or_else(|| "-".to_owned(), span));
+    let words = vec![
+        worker.id.to_string(),
+        worker.state.clone(),
+        worker.pid.to_string(),
+        if worker.cpu < 0 { "any".into() } else { worker.cpu.to_string() },
+        format!("{} {}", worker.pipeline, worker.wait),
+        duration(worker.heartbeat_age_ms),
+        p50,
+        p99,
+        worker.restarts.to_string(),
+        worker.last_exit.clone(),
+    ];
+    (words, worker.state != "run")
 }
 
-fn draw_interfaces(frame: &mut Frame<'_>, area: Rect, screen: &Screen) {
+const INTERFACES: [Column; 8] = [
+    left("INTERFACE", 15),
+    left("BACKEND", 16),
+    left("LINK", 10),
+    right("IN/s", 7),
+    right("OUT/s", 7),
+    right("PASS/s", 7),
+    right("DROP/s", 7),
+    rest("WHY"),
+];
+
+fn interface_row(screen: &Screen, info: &InterfaceInfo) -> Words {
     let seconds = (screen.now.at - screen.before.at).as_secs_f64().max(0.001);
-    let rows = screen.now.status.interfaces.iter().map(|info| {
-        let find = |look: &Look| look.stats.interfaces.iter().find(|one| one.name == info.name).cloned().unwrap_or_default();
-        let (now, then) = (find(&screen.now), find(&screen.before));
-        let since = |after: u64, before: u64| short(after.saturating_sub(before) as f64 / seconds);
-        Row::new([
-            info.name.clone(),
-            info.backend.clone(),
-            since(now.rx_packets, then.rx_packets),
-            since(now.tx_packets, then.tx_packets),
-            since(now.passed, then.passed),
-            since(total(&now.drops), total(&then.drops)),
-        ])
-    });
-    let widths = [
-        Constraint::Length(15),
-        Constraint::Length(17),
-        Constraint::Length(8),
-        Constraint::Length(8),
-        Constraint::Length(8),
-        Constraint::Length(8),
+    let find = |look: &Look| look.stats.interfaces.iter().find(|one| one.name == info.name).cloned().unwrap_or_default();
+    let (now, then) = (find(&screen.now), find(&screen.before));
+    let since = |after: u64, before: u64| short(after.saturating_sub(before) as f64 / seconds);
+    let words = vec![
+        info.name.clone(),
+        info.backend.clone(),
+        info.link.clone(),
+        since(now.rx_packets, then.rx_packets),
+        since(now.tx_packets, then.tx_packets),
+        since(now.passed, then.passed),
+        since(total(&now.drops), total(&then.drops)),
+        info.reason.clone(),
     ];
-    let header = Row::new(["INTERFACE", "BACKEND", "IN/s", "OUT/s", "PASS/s", "DROP/s"]).style(HEAD);
-    frame.render_widget(Table::new(rows, widths).header(header), area);
+    (words, info.link != "up")
 }
+
+const RULES: [Column; 9] = [
+    left("RULE", 16),
+    left("PATH", 7),
+    left("JOINED", 6),
+    right("IN/s", 7),
+    right("OUT/s", 7),
+    right("Mbit/s", 7),
+    right("DROP/s", 7),
+    left("REASON", 16),
+    rest("TEXT"),
+];
 
 fn draw_rules(frame: &mut Frame<'_>, area: Rect, screen: &Screen) {
     let all = rates(screen);
     let room = usize::from(area.height).saturating_sub(1);
     let first = screen.first.min(all.len().saturating_sub(room));
-    let rows = all.iter().skip(first).take(room).map(|rule| {
-        let row = Row::new([
-            rule.id.clone(),
-            rule.path.clone(),
-            if rule.joined { "yes" } else { "no" }.into(),
-            short(rule.taken),
-            short(rule.sent),
-            short(rule.megabits),
-            short(rule.dropped),
-            rule.reason.clone(),
-        ]);
-        if rule.dropped > 0.0 { row.style(BAD) } else { row }
+    let rows = all.into_iter().skip(first).take(room).map(|rule| {
+        let is_bad = rule.dropped > 0.0;
+        let joined = if rule.joined { "yes" } else { "no" };
+        let [taken, sent, megabits, dropped] = [rule.taken, rule.sent, rule.megabits, rule.dropped].map(short);
+        (vec![rule.id, rule.path, joined.into(), taken, sent, megabits, dropped, rule.reason, rule.text], is_bad)
     });
-    let widths = [
-        Constraint::Min(14),
-        Constraint::Length(7),
-        Constraint::Length(6),
-        Constraint::Length(7),
-        Constraint::Length(7),
-        Constraint::Length(7),
-        Constraint::Length(7),
-        Constraint::Length(16),
-    ];
-    let header = Row::new(["RULE", "PATH", "JOINED", "IN/s", "OUT/s", "Mbit/s", "DROP/s", "REASON"]).style(HEAD);
-    frame.render_widget(Table::new(rows, widths).header(header), area);
+    draw_table(frame, area, &RULES, rows);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::message::{InterfaceInfo, InterfaceStats, OutputStats, RuleStats, WorkerInfo};
+    use crate::control::message::{FrameStats, InterfaceStats, OutputStats, RuleStats, SupervisorInfo, WorkerLatency};
     use ratatui::Terminal;
     use ratatui::backend::TestBackend;
 
+    /// Two workers, three interfaces and 30 rules, after so many packets of the busiest rule.
     fn look_at(at: Instant, packets: u64) -> Look {
-        let rule = |id: &str, packets: u64, lost: u64| {
-            let drops = BTreeMap::from([("ttl_expired".to_owned(), lost), ("no_frame".to_owned(), 0)]);
-            let output = OutputStats {
-                egress: "eth1".into(),
-                to: "keep".into(),
-                tx_packets: packets - lost,
-                tx_bytes: packets * 125,
-                drops,
-                ..OutputStats::default()
-            };
-            RuleStats { id: id.into(), rx_packets: packets, outputs: vec![output], ..RuleStats::default() }
-        };
-        let info = |id: &str| RuleInfo {
-            id: id.into(),
-            rule: format!("eth0 239.1.1.1:5000 -> eth1; id={id}"),
-            path: "xsk".into(),
-            engine: "tx".into(),
-            joined: true,
-            ..RuleInfo::default()
-        };
-        let ids: Vec<String> = (0..30).map(|n| format!("rule-{n:02}")).collect();
-        let rules = ids.iter().enumerate().map(|(n, id)| rule(id, packets * n as u64, if n == 7 { packets } else { 0 })).collect();
-        let worker = WorkerInfo {
-            state: "run".into(),
-            pid: 4711,
-            cpu: 1,
-            pipeline: "fused".into(),
-            wait: "adaptive".into(),
-            heartbeat_age_ms: 40,
-            ..WorkerInfo::default()
-        };
-        let interface = InterfaceInfo { name: "eth0".into(), backend: "af_xdp_copy".into(), ..InterfaceInfo::default() };
+        let ids: Vec<String> = (0..30).map(|n| format!("{}-{n:02}", ["itch", "video", "ptp"][n % 3])).collect();
         Look {
             at,
             status: Status {
                 version: "0.1.0".into(),
+                supervisor: SupervisorInfo { uptime_ms: 18_420_000, ..SupervisorInfo::default() },
                 rules: 30,
                 epoch: 4,
-                workers: vec![worker],
-                interfaces: vec![interface],
-                ..Status::default()
+                workers: vec![worker(0, "run", ""), worker(1, "boot", "killed by SIGKILL")],
+                interfaces: vec![
+                    interface("eth0", "af_xdp_zero_copy", "up", "native XDP and zero copy"),
+                    interface("eth1", "af_xdp_copy", "up", "native XDP; zero copy refused: EOPNOTSUPP"),
+                    interface("bond0.200", "af_packet", "no_carrier", "no XDP on a VLAN interface"),
+                ],
             },
             stats: Stats {
-                interfaces: vec![InterfaceStats { name: "eth0".into(), rx_packets: packets, ..InterfaceStats::default() }],
-                rules,
-                ..Stats::default()
+                interfaces: vec![counted("eth0", packets * 9, 0), counted("eth1", 0, packets * 8), counted("bond0.200", 0, packets)],
+                rules: ids.iter().enumerate().map(|(n, id)| rule_stats(id, n, packets)).collect(),
+                frames: FrameStats { total: 32_768, free: 24_576, ..FrameStats::default() },
+                latency: vec![WorkerLatency {
+                    buckets: vec![(Some(2_304), packets), (Some(40_960), packets / 20), (None, packets / 2_000)],
+                    ..WorkerLatency::default()
+                }],
             },
-            rules: ids.iter().map(|id| info(id)).collect(),
+            rules: ids.iter().enumerate().map(|(n, id)| info(id, n)).collect(),
+        }
+    }
+
+    fn worker(id: u32, state: &str, last_exit: &str) -> WorkerInfo {
+        WorkerInfo {
+            id,
+            state: state.into(),
+            pid: 47_110 + id,
+            cpu: id as i32 + 2,
+            pipeline: "fused".into(),
+            wait: "adaptive".into(),
+            heartbeat_age_ms: 40,
+            restarts: u64::from(!last_exit.is_empty()),
+            last_exit: last_exit.into(),
+            ..WorkerInfo::default()
+        }
+    }
+
+    fn interface(name: &str, backend: &str, link: &str, reason: &str) -> InterfaceInfo {
+        let [name, backend, link, reason] = [name, backend, link, reason].map(str::to_owned);
+        InterfaceInfo { name, backend, link, reason, ..InterfaceInfo::default() }
+    }
+
+    fn counted(name: &str, rx_packets: u64, tx_packets: u64) -> InterfaceStats {
+        InterfaceStats { name: name.into(), rx_packets, tx_packets, passed: rx_packets / 100_000, ..InterfaceStats::default() }
+    }
+
+    /// The n-th rule has an n-th of the packets; the one of number 7 loses a tenth of them.
+    fn rule_stats(id: &str, n: usize, packets: u64) -> RuleStats {
+        let (taken, lost) = (packets / (n as u64 + 1), if n == 7 { packets / 80 } else { 0 });
+        let drops = BTreeMap::from([("ttl_expired".to_owned(), lost), ("no_frame".to_owned(), 0)]);
+        let (tx_packets, tx_bytes) = (taken - lost, (taken - lost) * 125);
+        RuleStats {
+            id: id.into(),
+            rx_packets: taken,
+            outputs: vec![OutputStats { egress: "eth1".into(), to: "keep".into(), tx_packets, tx_bytes, drops, ..OutputStats::default() }],
+            ..RuleStats::default()
+        }
+    }
+
+    fn info(id: &str, n: usize) -> RuleInfo {
+        let path = if n.is_multiple_of(4) { "kernel" } else { "xsk" };
+        RuleInfo {
+            id: id.into(),
+            rule: format!("eth0 239.1.1.{n}:5000 -> eth1 239.9.9.{n}:6000 ttl=keep; id={id}"),
+            path: path.into(),
+            joined: n != 11,
+            ..RuleInfo::default()
         }
     }
 
     fn screen() -> Screen {
         let at = Instant::now();
-        let (before, now) = (look_at(at, 0), look_at(at + Duration::from_secs(1), 100_000));
+        let (before, now) = (look_at(at, 0), look_at(at + Duration::from_secs(1), 2_900_000));
         Screen { before, now, sort: Sort::In, filter: String::new(), typing: false, paused: false, first: 0 }
     }
 
@@ -441,38 +522,74 @@ mod tests {
         cells.chunks(usize::from(width)).map(|line| line.concat().trim_end().to_owned()).collect()
     }
 
+    /// The screens of the book are what is drawn. RELAY_GOLDEN_WRITE=1 writes them anew after a deliberate change: look at them.
     #[test]
-    fn a_screen_of_80_by_24() {
-        let lines = drawn(&screen(), 80, 24);
-        assert_eq!(lines[0], "relay 0.1.0  up 0 ms  30 rules  epoch 4  frames 0% free");
-        assert_eq!(lines[1], "WORKER STATE     PID      CPU  LOOP             BEAT       RESTARTS");
-        assert_eq!(lines[2], "0      run       4711     1    fused adaptive   40 ms      0");
-        assert_eq!(lines[4], "eth0            af_xdp_copy       100.0k   0        0        0");
-        assert_eq!(lines[5], "RULE             PATH    JOINED IN/s    OUT/s   Mbit/s  DROP/s  REASON");
-        assert_eq!(lines[6], "rule-29          xsk     yes    2.90M   2.90M   2900    0");
-        assert_eq!(lines[23], "q quit  s sort (in)  / filter  p pause  ↑↓ scroll");
-        assert!(lines.iter().all(|line| line.chars().count() <= 80));
+    fn the_screens_of_the_book_are_what_is_drawn() {
+        let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/top.md");
+        let mut text = std::fs::read_to_string(page).unwrap();
+        for (width, height) in [(80, 24), (200, 50)] {
+            let begin = format!("```text {width}x{height}\n");
+            let (before, rest) = text.split_once(&begin).unwrap();
+            let (committed, after) = rest.split_once("```\n").unwrap();
+            let now = drawn(&screen(), width, height).join("\n") + "\n";
+            if std::env::var_os("RELAY_GOLDEN_WRITE").is_some() {
+                text = format!("{before}{begin}{now}```\n{after}");
+                std::fs::write(page, &text).unwrap();
+            } else {
+                assert_eq!(committed, now, "docs/top.md, {width}x{height}");
+            }
+        }
     }
 
     #[test]
-    fn a_screen_of_200_by_50_shows_every_rule() {
+    fn nothing_is_cut_on_80_by_24() {
+        let lines = drawn(&screen(), 80, 24);
+        let has = |row: usize, words: &[&str]| assert!(words.iter().all(|word| lines[row].contains(word)), "{words:?}: {}", lines[row]);
+        has(0, &["relay 0.1.0  up 5 h 7 min  30 rules  epoch 4  frames 75% free"]);
+        has(1, &["WORKER", "STATE", "PID", "CPU", "LOOP", "BEAT", "P50", "P99", "RESTARTS"]);
+        has(2, &["run", "47110", "fused adaptive", "40 ms", "2.3 µs", "41.0 µs"]);
+        has(3, &["boot", "47111", "-", "1"]);
+        has(5, &["eth0", "af_xdp_zero_copy", "up", "26.10M"]);
+        has(7, &["bond0.200", "no_carrier", "2.90M"]);
+        has(8, &["RULE", "PATH", "JOINED", "IN/s", "OUT/s", "Mbit/s", "DROP/s", "REASON"]);
+        has(9, &["itch-00", "kernel", "yes", "2.90M", "2900"]);
+        has(16, &["video-07", "xsk", "362.5k", "326.2k", "36.2k", "ttl_expired"]);
+        has(23, &["q quit  s sort (in)  / filter  p pause  ↑↓ scroll"]);
+        // Numbers end where their header ends.
+        let end = |row: usize, word: &str| lines[row].find(word).map(|at| lines[row][..at + word.len()].chars().count());
+        assert!(end(8, "IN/s") == end(9, "2.90M") && end(8, "DROP/s") == end(16, "36.2k") && end(1, "P99") == end(2, "41.0 µs"));
+    }
+
+    #[test]
+    fn a_wide_screen_says_why_and_shows_every_rule() {
         let lines = drawn(&screen(), 200, 50);
-        assert!((0..30).all(|n| lines.iter().any(|line| line.starts_with(&format!("rule-{n:02}")))), "{lines:#?}");
-        assert!(lines.iter().any(|line| line.starts_with("rule-07") && line.ends_with("ttl_expired")), "{lines:#?}");
+        let rules: Vec<&String> = lines.iter().filter(|line| line.contains("; id=")).collect();
+        assert!(rules.len() == 30 && rules[0].ends_with("eth0 239.1.1.0:5000 -> eth1 239.9.9.0:6000 ttl=keep; id=itch-00"), "{lines:#?}");
+        for words in ["killed by SIGKILL", "native XDP; zero copy refused: EOPNOTSUPP", "ttl_expired"] {
+            assert!(lines.iter().any(|line| line.contains(words)), "{words}: {lines:#?}");
+        }
+    }
+
+    #[test]
+    fn a_list_without_room_says_how_much_there_is_besides() {
+        let mut screen = screen();
+        screen.now.status.workers = (0..9).map(|id| worker(id, "run", "")).collect();
+        let lines = drawn(&screen, 80, 24);
+        assert!(lines[4].starts_with("2      run") && lines[5].trim() == "6 more" && lines[6].starts_with("INTERFACE"), "{lines:#?}");
     }
 
     #[test]
     fn keys_sort_filter_scroll_and_quit() {
         let mut screen = screen();
         assert!(!pressed(&mut screen, KeyCode::Char('s')) && !pressed(&mut screen, KeyCode::Char('s')));
-        assert_eq!(rates(&screen)[0].id, "rule-07", "by drops");
+        assert_eq!(rates(&screen)[0].id, "video-07", "by drops");
         for key in ['/', '2', '9'] {
             assert!(!pressed(&mut screen, KeyCode::Char(key)));
         }
         assert!(!pressed(&mut screen, KeyCode::Enter));
         assert_eq!(rates(&screen).len(), 1);
         assert!(!pressed(&mut screen, KeyCode::PageDown));
-        assert!(drawn(&screen, 80, 24).iter().any(|line| line.starts_with("rule-29")), "scrolling stops at the end");
+        assert!(drawn(&screen, 80, 24).iter().any(|line| line.starts_with("ptp-29")), "scrolling stops at the end");
         assert!(drawn(&screen, 10, 3).len() == 3, "a tiny terminal is no error");
         assert!(pressed(&mut screen, KeyCode::Char('q')));
     }

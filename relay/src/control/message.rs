@@ -2,6 +2,8 @@
 //!
 //! Plain data: must never hold behaviour. Keys are a contract; add, never rename.
 
+use crate::plan::latency::Buckets;
+pub use crate::plan::latency::octaves;
 pub use crate::plan::status::FrameStats;
 pub use crate::plan::tap::Point;
 use serde::{Deserialize, Serialize};
@@ -239,6 +241,29 @@ pub struct Stats {
     pub rules: Vec<RuleStats>,
     /// Where the frames are, all workers together.
     pub frames: FrameStats,
+    /// How long packets were in each worker.
+    #[serde(default)]
+    pub latency: Vec<WorkerLatency>,
+}
+
+/// How long packets were in a worker: from the receive ring to the kernel's hands, once for each output. Percentiles are ends of
+/// buckets, which are no wider than an eighth of what they hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerLatency {
+    /// Number of the worker.
+    pub worker: u32,
+    /// Packets measured.
+    pub packets: u64,
+    /// Sum of their times.
+    pub sum_ns: u64,
+    /// Half of them took no longer; 0 without packets.
+    pub p50_ns: u64,
+    /// 99 %.
+    pub p99_ns: u64,
+    /// 99.9 %.
+    pub p999_ns: u64,
+    /// Buckets that hold any: where each ends (none: nowhere), and how many packets.
+    pub buckets: Buckets,
 }
 
 /// An interface's counters. `rx_packets == Σ rules' rx_packets of this ingress (deleted rules under `retired`) + Σ drops`.

@@ -6,6 +6,7 @@
 use super::egress::{Egress, EgressBooks, EgressPort, Lane, PortState};
 use super::ingress::{Ingress, IngressParts, IngressPort};
 use super::journal::Journal;
+use super::latency::stamps;
 use super::table::{OutputPlan, RulePlan, Table};
 use super::tap::Tap;
 use crate::frame::HeldMap;
@@ -139,6 +140,7 @@ impl World {
         let layout = &self.layout;
         let memory: Arc<dyn Memory> = Arc::<Mapping>::clone(&self.work);
         let [held, held_by_senders] = self.maps();
+        let (stamps, mut meters): (Vec<_>, Vec<_>) = (0..PORTS).map(|_| stamps().unwrap()).map(|(a, b)| (Some(a), Some(b))).unzip();
         let egress_ring = |port| Producer::attach(memory.clone(), layout.egress_ring(port)).unwrap();
         let ingress = Ingress::new(IngressParts {
             umem: self.umem.clone(),
@@ -150,20 +152,23 @@ impl World {
             counters: self.counters.clone(),
             held,
             held_by_senders: held_by_senders.clone(),
+            stamps,
             tap: self.tap(),
         });
-        let port = |number: usize| EgressPort {
+        let mut port = |number: usize| EgressPort {
             transmit: MemoryTransmit::new(&self.wires[number], &self.umem, held_by_senders.clone()),
             ring: Consumer::attach(memory.clone(), layout.egress_ring(number)).unwrap(),
             coalescer: None,
             lane: Lane::Direct,
             number,
             state: PortState::default(),
+            meter: meters[number].take(),
         };
         let journal = Journal::attach(&self.work, layout.egress_journal).unwrap();
-        let books = EgressBooks { counters: self.page.egress.clone(), ports: self.page.sends.clone() };
+        let page = &self.page;
+        let books = EgressBooks { counters: page.egress.clone(), ports: page.sends.clone(), latency: page.latency.clone() };
         let returns = Producer::attach(memory.clone(), layout.return_ring).unwrap();
-        let egress = Egress::new(journal, (0..PORTS).map(port).collect(), returns, books);
+        let egress = Egress::new(journal, (0..PORTS).map(&mut port).collect(), returns, books);
         Worker { ingress, egress }
     }
 

@@ -6,6 +6,7 @@
 //! before an interface that is gone goes straight to the return ring, counted too. Must never read a packet.
 
 use super::journal::{Journal, MOVE_COALESCE, MOVE_DISCARD, MOVE_REAP, MOVE_REAP_COALESCED, MOVE_SEND, Move};
+use super::latency::Meter;
 use crate::frame::{COALESCE, CONTINUES, FRAME_SIZE, RawDesc};
 use crate::nic::{Admission, BATCH_LEN, Kick, Refusal, Transmit};
 use crate::plan::counters::{Counter, MAX_OUTPUTS, output_drop};
@@ -48,6 +49,8 @@ pub struct EgressPort<T> {
     pub number: usize,
     /// What the last wake-up said.
     pub state: PortState,
+    /// When the batches in the ring were taken, where that is measured.
+    pub meter: Option<Meter>,
 }
 
 /// Health of a sending port.
@@ -80,6 +83,8 @@ pub struct EgressBooks {
     pub counters: SharedArray<Counter>,
     /// Health by port.
     pub ports: SharedArray<SendReport>,
+    /// How long packets were in this worker (plan/latency.rs).
+    pub latency: SharedArray<u64>,
 }
 
 impl EgressBooks {
@@ -123,13 +128,18 @@ impl<T: Transmit> Egress<T> {
         for port in &mut self.ports {
             let before = port.state;
             for _ in 0..ROUNDS {
+                let position = port.ring.position();
                 let mut now = reap(&self.journal, &mut self.returns, port.number, &mut port.transmit, MOVE_REAP);
                 now += match port.coalescer {
                     _ if port.state.gone => discard(&self.journal, &mut self.returns, port, &self.books),
                     Some(_) => coalesce_round(&self.journal, &mut self.returns, port, &self.books),
                     None => drain(&self.journal, port),
                 };
+                let is_gone = port.state.gone;
                 flush(&mut port.transmit, &mut port.state, &self.books);
+                if let Some(meter) = port.meter.as_mut().filter(|_| port.ring.position() != position) {
+                    meter.settle(port.ring.position(), !is_gone, &self.books.latency);
+                }
                 moved += now;
                 if now == 0 || port.ring.available() == 0 {
                     break;

@@ -8,6 +8,7 @@
 
 use super::copy::{Fragments, copy, header_of, place_of_copy, restore};
 use super::journal::{Armed, EgressMark, Journal, MOVE_RECYCLE, MOVE_REFILL, Move, SAVED_LEN, SavedHeader};
+use super::latency::{Stamper, now_ns};
 use super::rewrite::{Checked, inspect, rewrite};
 use super::table::{OutputPlan, RulePlan, Table};
 use super::tally::Tally;
@@ -80,6 +81,9 @@ pub struct Ingress<R> {
     pub(super) counters: SharedArray<Counter>,
     pub(super) held: HeldMap,
     pub(super) held_by_senders: HeldMap,
+    stamps: Vec<Option<Stamper>>,
+    /// When the batch in hand was taken, ns; 0: by a worker that is dead.
+    taken_ns: u64,
     tap: Tap,
     tally: Tally,
     batch: Batch,
@@ -111,6 +115,8 @@ pub struct IngressParts<R> {
     pub held: HeldMap,
     /// Which frames sending packet ports held when the worker started.
     pub held_by_senders: HeldMap,
+    /// What tells the egress side when batches were taken, by port number.
+    pub stamps: Vec<Option<Stamper>>,
     /// What shows packets to a capture.
     pub tap: Tap,
 }
@@ -118,7 +124,7 @@ pub struct IngressParts<R> {
 impl<R: Receive> Ingress<R> {
     /// Puts the parts together; [`Ingress::recover`] comes next.
     pub fn new(parts: IngressParts<R>) -> Self {
-        let IngressParts { umem, pool, journal, ports, egress, returns, counters, held, held_by_senders, tap } = parts;
+        let IngressParts { umem, pool, journal, ports, egress, returns, counters, held, held_by_senders, stamps, tap } = parts;
         Self {
             umem,
             pool,
@@ -129,6 +135,8 @@ impl<R: Receive> Ingress<R> {
             counters,
             held,
             held_by_senders,
+            stamps,
+            taken_ns: 0,
             tap,
             tally: Tally::default(),
             batch: Batch::new(),
@@ -254,6 +262,7 @@ impl<R: Receive> Ingress<R> {
             return 0;
         }
         let count = self.batch.len();
+        self.taken_ns = now_ns();
         let armed = Armed {
             port: port.number as u32,
             rx_position: port.receive.position(),
@@ -261,7 +270,7 @@ impl<R: Receive> Ingress<R> {
             pool_len: self.pool.len(),
             epoch: table.epoch(),
             slot_count: port.receive.taken(),
-            now: if table.has_rates() { now() } else { 0 },
+            now: if table.has_rates() { self.taken_ns << 6 } else { 0 },
             ..Armed::default()
         };
         self.tap.begin();
@@ -371,6 +380,11 @@ impl<R: Receive> Ingress<R> {
             {
                 ring.publish(staged);
                 fuse::stored();
+                if self.taken_ns > 0
+                    && let Some(Some(stamper)) = self.stamps.get_mut(port)
+                {
+                    stamper.note(self.taken_ns, ring.position(), staged);
+                }
             }
         }
         let armed = Armed { pool_after: self.pool.len(), ..armed };
@@ -428,12 +442,6 @@ struct Hand<'a> {
 
 /// What a rate limit lets through at once after a silence, in 1/64 ns: 10 ms of its rate.
 const RATE_BURST: u64 = 10_000_000 << 6;
-
-/// CLOCK_MONOTONIC in 1/64 ns (no system call: the kernel maps its clock into the process).
-fn now() -> u64 {
-    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(std::time::Duration::ZERO, std::time::Duration::from);
-    (now.as_nanos() as u64) << 6
-}
 
 fn original<'a>(umem: &'a Umem, head: &'a [u8], fragments: &'a Fragments, len: u64) -> Original<'a> {
     Original { umem, head, fragments, len }

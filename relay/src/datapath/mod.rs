@@ -9,6 +9,7 @@ mod crash;
 pub mod egress;
 pub mod ingress;
 pub mod journal;
+pub mod latency;
 pub mod recover;
 pub mod rewrite;
 pub mod table;

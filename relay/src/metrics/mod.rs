@@ -7,7 +7,7 @@
 
 pub mod server;
 
-use crate::control::message::{FrameStats, InterfaceStats, OutputStats, RuleInfo, RuleStats, Stats, Status};
+use crate::control::message::{FrameStats, InterfaceStats, OutputStats, RuleInfo, RuleStats, Stats, Status, WorkerLatency, octaves};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
@@ -56,6 +56,7 @@ pub fn render(status: &Status, stats: &Stats, rules: &[RuleInfo]) -> String {
     let mut page = Page::default();
     daemon(&mut page, status);
     workers(&mut page, status);
+    latency(&mut page, &stats.latency);
     interfaces(&mut page, status, &stats.interfaces);
     rule_facts(&mut page, rules);
     rule_counters(&mut page, &stats.rules);
@@ -85,6 +86,29 @@ fn workers(page: &mut Page, status: &Status) {
     for worker in &status.workers {
         page.sample("relay_worker_heartbeat_age_seconds", &[("worker", &worker.id.to_string())], worker.heartbeat_age_ms as f64 / 1000.0);
     }
+}
+
+/// Every power of two is an `le`, also those below the first packet: a histogram's buckets must be the same in every scrape.
+fn latency(page: &mut Page, workers: &[WorkerLatency]) {
+    const NAME: &str = "relay_worker_latency_seconds";
+    page.family(NAME, "histogram", "How long packets were in the worker, from the receive ring to the kernel's hands.");
+    for one in workers {
+        let worker = one.worker.to_string();
+        let up_to = |limit: u64| {
+            let below = one.buckets.iter().filter(|(end, _)| end.is_some_and(|end| end <= limit));
+            below.fold(0u64, |sum, (_, count)| sum.saturating_add(*count))
+        };
+        for end in octaves() {
+            page.sample(&format!("{NAME}_bucket"), &[("worker", &worker), ("le", &seconds(end))], up_to(end));
+        }
+        page.sample(&format!("{NAME}_bucket"), &[("worker", &worker), ("le", "+Inf")], one.packets);
+        page.sample(&format!("{NAME}_sum"), &[("worker", &worker)], seconds(one.sum_ns));
+        page.sample(&format!("{NAME}_count"), &[("worker", &worker)], one.packets);
+    }
+}
+
+fn seconds(ns: u64) -> String {
+    (ns as f64 / 1e9).to_string()
 }
 
 /// Name, help, and which counter of an interface.
@@ -183,6 +207,25 @@ mod tests {
     use crate::control::message::WorkerInfo;
 
     #[test]
+    fn a_histogram_is_cumulative_and_ends_with_its_count() {
+        let buckets = vec![(Some(288), 3), (Some(512), 2), (Some(640), 1), (None, 4)];
+        let one = WorkerLatency { worker: 1, packets: 10, sum_ns: 2_500_000_000, buckets, ..WorkerLatency::default() };
+        let mut page = Page::default();
+        latency(&mut page, &[one]);
+        for line in [
+            "_bucket{worker=\"1\",le=\"0.000000256\"} 0",
+            "_bucket{worker=\"1\",le=\"0.000000512\"} 5",
+            "_bucket{worker=\"1\",le=\"0.000001024\"} 6",
+            "_bucket{worker=\"1\",le=\"1.073741824\"} 6",
+            "_bucket{worker=\"1\",le=\"+Inf\"} 10",
+            "_sum{worker=\"1\"} 2.5",
+            "_count{worker=\"1\"} 10",
+        ] {
+            assert!(page.0.contains(&format!("\nrelay_worker_latency_seconds{line}\n")), "{line}: {}", page.0);
+        }
+    }
+
+    #[test]
     fn a_page_has_every_family_once_and_samples_under_it() {
         let drops = BTreeMap::from([("no_frame".to_owned(), 3)]);
         let output = OutputStats { index: 0, egress: "eth1".into(), to: "keep".into(), tx_packets: 7, tx_bytes: 700, drops };
@@ -197,7 +240,9 @@ mod tests {
         let names: std::collections::BTreeSet<&str> = types.iter().filter_map(|line| line.split(' ').next()).collect();
         assert_eq!(names.len(), types.len());
         for line in page.lines().filter(|line| !line.starts_with('#')) {
-            assert!(names.contains(line.split(['{', ' ']).next().unwrap()), "{line}");
+            let name = line.split(['{', ' ']).next().unwrap();
+            let family = ["_bucket", "_sum", "_count"].iter().find_map(|part| name.strip_suffix(part)).unwrap_or(name);
+            assert!(names.contains(family), "{line}");
         }
         assert!(page.contains("relay_rule_rx_packets_total{rule=\"a\\\"b\\\\\"} 10\n"), "{page}");
         let dropped =

@@ -5,6 +5,7 @@
 pub mod counters;
 pub mod edit;
 pub mod fate;
+pub mod latency;
 pub mod manifest;
 pub mod planner;
 pub mod records;

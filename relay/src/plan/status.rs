@@ -2,13 +2,14 @@
 //!
 //! ```text
 //!    0 header: owner, state, beats, turns (shm/header.rs, shm/state.rs) · 256 channel of FrameStats (shm/channel.rs)
-//! 4096 words, one writer: the worker · 4608 rungs by port · 5120 send reports by port (egress thread)
+//! 4096 words, one writer: the worker · 4608 rungs by port · 5120 send reports by port, 6656 latency (egress thread)
 //! 8192 serials by rule slot · by output slot · counters (ingress) · counters (egress)
 //! ```
 //! Made by the supervisor before the worker, and survives it: the successor goes on in the same segment, under a new epoch.
 //! Must never be believed by the supervisor beyond its bounds: a worker may be compromised.
 
 use super::counters::{COUNTER_COUNT, Counter, MAX_OUTPUTS, MAX_PORTS, MAX_RULES};
+use super::latency;
 use crate::ring::layout::layout_hash;
 use crate::ring::memory::LINE_SIZE;
 use crate::shm::channel::{channel_len, duplicate, prepare};
@@ -26,8 +27,9 @@ pub const REPORTS: u32 = 16;
 const PAGE: usize = 4096;
 const RUNGS: usize = PAGE + 512;
 const SENDS: usize = RUNGS + MAX_PORTS * size_of::<RungReport>();
+const LATENCY: usize = SENDS + MAX_PORTS * size_of::<SendReport>();
 const RULE_SERIALS: usize = 2 * PAGE;
-const _: () = assert!(SENDS + MAX_PORTS * size_of::<SendReport>() <= RULE_SERIALS);
+const _: () = assert!(LATENCY + latency::WORDS * size_of::<u64>() <= RULE_SERIALS);
 const OUTPUT_SERIALS: usize = RULE_SERIALS + MAX_RULES * 4;
 const COUNTERS: usize = OUTPUT_SERIALS + MAX_OUTPUTS * 4;
 const ARRAY_LEN: usize = (COUNTER_COUNT * size_of::<Counter>()).next_multiple_of(4096);
@@ -154,6 +156,8 @@ pub struct StatusPage {
     pub rungs: SharedArray<RungReport>,
     /// Health of sending ports, written by the egress thread.
     pub sends: SharedArray<SendReport>,
+    /// How long packets were in the worker (plan/latency.rs), written by the egress thread.
+    pub latency: SharedArray<u64>,
     /// Counters of the ingress thread.
     pub ingress: SharedArray<Counter>,
     /// Counters of the egress thread.
@@ -195,6 +199,7 @@ impl StatusPage {
             reclaimed: SharedWord64::new(m, PAGE + 24)?,
             rungs: SharedArray::new(m, RUNGS, MAX_PORTS)?,
             sends: SharedArray::new(m, SENDS, MAX_PORTS)?,
+            latency: SharedArray::new(m, LATENCY, latency::WORDS)?,
             ingress: SharedArray::new(m, COUNTERS, COUNTER_COUNT)?,
             egress: SharedArray::new(m, COUNTERS + ARRAY_LEN, COUNTER_COUNT)?,
             rule_serials: SharedArray::new(m, RULE_SERIALS, MAX_RULES)?,
@@ -221,8 +226,19 @@ mod tests {
     /// The owner's words, the reports, the worker's words and each thread's counters begin on lines of their own.
     #[test]
     fn req_003_3_each_writer_has_lines_of_its_own() {
-        let places =
-            [0, crate::shm::HEADER_SIZE, PAGE, RUNGS, SENDS, RULE_SERIALS, OUTPUT_SERIALS, COUNTERS, COUNTERS + ARRAY_LEN, STATUS_LEN];
+        let places = [
+            0,
+            crate::shm::HEADER_SIZE,
+            PAGE,
+            RUNGS,
+            SENDS,
+            LATENCY,
+            RULE_SERIALS,
+            OUTPUT_SERIALS,
+            COUNTERS,
+            COUNTERS + ARRAY_LEN,
+            STATUS_LEN,
+        ];
         assert!(places.is_sorted() && places.iter().all(|at| at.is_multiple_of(LINE_SIZE)), "{places:?}");
         assert_eq!(LINE_SIZE, 128, "two lines of 64, because the prefetcher pulls pairs");
     }

@@ -11,12 +11,14 @@ use super::ports::{Port, Way};
 use super::update::join_of;
 use crate::control::message::{
     Changes, FrameStats, InterfaceInfo, InterfaceStats, OutputStats, RuleInfo, RuleStats, Stats, Status, SupervisorInfo, WorkerInfo,
+    WorkerLatency,
 };
 use crate::nic::afpacket::Reason;
 use crate::nic::afxdp::program::KernelTables;
 use crate::nic::afxdp::program::kernel::Drops;
 use crate::plan::counters::{Counter, output_drop, output_tx, port_drop, port_rx, rule_drop, rule_rx};
 use crate::plan::fate::{DropReason, OutputDropReason};
+use crate::plan::latency;
 use crate::plan::planner::Path;
 use crate::plan::records::SnapshotRule;
 use crate::plan::status::{PORT_DOWN, PORT_GONE, PORT_SINGLES, RUNG_PLAIN, SendReport};
@@ -279,7 +281,7 @@ impl Supervisor {
                 more(&mut entry.tx_bytes, *tx_bytes);
             }
         }
-        Stats { interfaces: interfaces.into_values().collect(), rules, frames: self.frames() }
+        Stats { interfaces: interfaces.into_values().collect(), rules, frames: self.frames(), latency: self.latency() }
     }
 
     fn add_port(&self, entry: &mut InterfaceStats, number: usize, port: &Port) {
@@ -413,6 +415,18 @@ impl Supervisor {
             kernel: a.kernel.saturating_add(b.kernel),
             lost_invalid: a.lost_invalid.saturating_add(b.lost_invalid),
         })
+    }
+
+    fn latency(&self) -> Vec<WorkerLatency> {
+        let of = |slot: &super::fleet::Slot| {
+            let mut words = [0; latency::WORDS];
+            slot.status.latency.get_all(0, &mut words);
+            let buckets = latency::buckets(&words);
+            let [p50_ns, p99_ns, p999_ns] = [0.5, 0.99, 0.999].map(|share| latency::quantile(&buckets, share).unwrap_or(0));
+            let packets = latency::total(&buckets);
+            WorkerLatency { worker: slot.id, packets, sum_ns: words[latency::SUM], p50_ns, p99_ns, p999_ns, buckets }
+        };
+        self.fleet.slots.iter().map(of).collect()
     }
 
     /// Keeps the totals of rules that the next book does not have.

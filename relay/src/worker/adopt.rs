@@ -9,6 +9,7 @@ use super::port::{AnyReceive, AnyTransmit, NoReceive};
 use crate::datapath::egress::{Egress, EgressBooks, EgressPort, Lane, PortState};
 use crate::datapath::ingress::{Ingress, IngressParts, IngressPort};
 use crate::datapath::journal::Journal;
+use crate::datapath::latency::{Stamper, stamps};
 use crate::datapath::tap::Tap;
 use crate::frame::HeldMap;
 use crate::frame::{FRAME_SIZE, Pool, RawDesc, Umem};
@@ -151,6 +152,7 @@ fn adopt(manifest: Manifest, orders: Orders, reports: Writer<FrameStats>) -> Res
         receive: Vec::new(),
         transmit: Vec::new(),
         egress: Vec::new(),
+        stamps: Vec::new(),
         ledgers: Vec::new(),
         engines: manifest.io_uring,
         rungs: status.rungs.clone(),
@@ -171,9 +173,10 @@ fn adopt(manifest: Manifest, orders: Orders, reports: Writer<FrameStats>) -> Res
         counters: status.ingress.clone(),
         held: HeldMap::new(held),
         held_by_senders: HeldMap::new(held_by_senders),
+        stamps: parts.stamps,
         tap: tap(manifest.tap_fd)?,
     });
-    let books = EgressBooks { counters: status.egress.clone(), ports: status.sends.clone() };
+    let books = EgressBooks { counters: status.egress.clone(), ports: status.sends.clone(), latency: status.latency.clone() };
     let returns = Producer::attach(memory, layout.return_ring)?;
     let egress = Egress::new(Journal::attach(&work, layout.egress_journal)?, parts.transmit, returns, books);
     Ok(Adopted { manifest, orders, status, reports, rules, ingress, egress, ledger, life, orphans })
@@ -213,6 +216,7 @@ struct Parts {
     receive: Vec<IngressPort<AnyReceive>>,
     transmit: Vec<EgressPort<AnyTransmit>>,
     egress: Vec<Option<Producer<RawDesc>>>,
+    stamps: Vec<Option<Stamper>>,
     ledgers: Vec<afxdp::ledger::PortLedger>,
     engines: Engines,
     rungs: SharedArray<RungReport>,
@@ -228,6 +232,7 @@ impl Parts {
                     self.receive.push(IngressPort { receive: AnyReceive::Absent(NoReceive), number, ifindex: port.ifindex });
                 }
                 self.egress.push(None);
+                self.stamps.push(None);
                 return Ok(());
             }
         };
@@ -242,7 +247,10 @@ impl Parts {
         let memory: Arc<dyn Memory> = Arc::<Mapping>::clone(work);
         let ring = Consumer::attach(Arc::clone(&memory), layout.egress_ring(number))?;
         let coalescer = if port.coalesce_fd < 0 { None } else { Some(self.adopt_coalescer(port.coalesce_fd)?) };
-        self.transmit.push(EgressPort { transmit, coalescer, lane: Lane::Direct, ring, number, state: PortState::default() });
+        let (stamper, meter) = stamps()?;
+        let state = PortState::default();
+        self.transmit.push(EgressPort { transmit, coalescer, lane: Lane::Direct, ring, number, state, meter: Some(meter) });
+        self.stamps.push(Some(stamper));
         self.egress.push(if port.egress { Some(Producer::attach(memory, layout.egress_ring(number))?) } else { None });
         Ok(())
     }
