@@ -17,8 +17,10 @@ use relay_tests::{
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-/// The worker's heartbeat stands still for so long before it is given up (DECISIONS §5).
-const TIMEOUT: Duration = Duration::from_millis(500);
+/// The worker's heartbeat stands still for so long before it is given up.
+const TIMEOUT: Duration = Duration::from_millis(250);
+/// A stopped worker is found and killed within this time (issue 7).
+const FOUND: Duration = Duration::from_millis(300);
 /// Period of a heartbeat (DECISIONS §18).
 const BEAT: Duration = Duration::from_millis(100);
 /// Between two looks at a process: who looks all the time holds the CPU that the supervisor is to wake up on.
@@ -98,7 +100,7 @@ fn req_004_2_a_death_is_noticed_at_once() {
 }
 
 #[test]
-fn req_004_5_a_stopped_worker_is_found_within_the_timeout_and_a_beat() {
+fn req_004_5_a_stopped_worker_is_found_within_300_ms() {
     needs_root!();
     let _turn = turn();
     let lab = Lab::simple().unwrap();
@@ -119,9 +121,39 @@ fn req_004_5_a_stopped_worker_is_found_within_the_timeout_and_a_beat() {
     std::thread::sleep(Duration::from_millis(100));
     println!("stopped worker found and killed: p50 {:?}, max {:?}", at(&found, 0.5), at(&found, 1.0));
     assert!(found[0] >= TIMEOUT - BEAT, "too early: {found:?}");
-    let slack = if long() { Duration::ZERO } else { Duration::from_millis(400) };
-    assert!(at(&found, 1.0) <= TIMEOUT + BEAT + slack, "{found:?}");
+    let slack = if long() { Duration::ZERO } else { Duration::from_secs(3) };
+    assert!(at(&found, 1.0) <= FOUND + slack, "{found:?}");
     forwards(&lab);
+}
+
+/// No false alarm: workers on CPUs that others want as well, and more packets than they can carry, for 60 s.
+#[test]
+#[ignore = "60 s of everything the machine has; cargo test -p relay-tests --test liveness -- --ignored"]
+fn a_worker_at_full_load_is_no_hung_worker() {
+    needs_root!();
+    let _turn = turn();
+    let lab = Lab::simple().unwrap();
+    let relay = relay(&lab);
+    let pids = relay.worker_pids().unwrap();
+    let cpus = std::thread::available_parallelism().unwrap().get();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..cpus {
+            scope.spawn(|| {
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
+        }
+        let mut generator = relay::lab::generator::Generator::new(&lab, GROUP, 64).unwrap();
+        let begin = Instant::now();
+        while begin.elapsed() < Duration::from_secs(60) {
+            generator.send(&lab, 0, 200_000).unwrap();
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    assert_eq!(relay.worker_pids().unwrap(), pids, "{}", relay.log());
+    println!("{}", relay.status().unwrap()["workers"]);
 }
 
 /// The data path does not need its supervisor: stopped, it is only silent, and its workers go on.

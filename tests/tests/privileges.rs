@@ -56,7 +56,7 @@ fn a_worker_that_hangs_is_replaced_and_nothing_is_lost() {
     let lab = Lab::simple().unwrap();
     let relay = relay(&lab, &["--backend", "xsk"]);
     let listener = Listener::on(lab.sink(1), "k1", &REWRITTEN.to_string(), Some(4_000)).unwrap();
-    // Slow enough for the fill ring to last until the worker is declared hung (500 ms).
+    // Slow enough for the fill ring to last until the worker is declared hung.
     let sending = send_in_background(&lab, &send_args("s0", &GROUP.to_string(), 1_000, 4_000).unwrap()).unwrap();
     std::thread::sleep(Duration::from_millis(300));
     let workers = relay.worker_pids().unwrap();

@@ -58,6 +58,87 @@ fn every_thread_is_confined_and_forwards() {
     }
 }
 
+/// Every thread of the supervisor has a list of its own, and its workers forward behind theirs.
+#[test]
+fn the_supervisor_is_confined_with_all_its_threads() {
+    needs_root!();
+    let lab = Lab::simple().unwrap();
+    let rule = rule();
+    let relay = start_relay(&lab, &["--rule", &rule, "--metrics", "127.0.0.1:0"]).unwrap();
+    let tasks: Vec<_> = std::fs::read_dir(format!("/proc/{}/task", relay.pid())).unwrap().map(|task| task.unwrap().file_name()).collect();
+    assert!(tasks.len() > 1, "no thread for metrics: {tasks:?}");
+    for task in tasks {
+        let task = task.to_string_lossy().parse().unwrap();
+        assert_eq!((status(task, "Seccomp").as_str(), status(task, "NoNewPrivs").as_str()), ("2", "1"));
+    }
+    assert_forwards(&lab);
+    relay.query(&["rule", "add", "r0 239.5.5.5:1 -> r1 239.6.6.6:1"]).unwrap();
+    assert_forwards(&lab);
+    assert!(!relay.log().contains("ENOSYS") && !relay.log().contains("not implemented"), "{}", relay.log());
+}
+
+/// Has a process make system calls by writing the instruction under its feet; what each returned. It goes on as if nothing had been.
+#[cfg(target_arch = "x86_64")]
+fn calls_of(pid: Pid, calls: &[[u64; 4]]) -> Vec<i64> {
+    ptrace::attach(pid).unwrap();
+    assert!(matches!(waitpid(pid, None).unwrap(), WaitStatus::Stopped(..)));
+    let saved = ptrace::getregs(pid).unwrap();
+    let at = saved.rip as ptrace::AddressType;
+    let word = ptrace::read(pid, at).unwrap();
+    // syscall; int3
+    ptrace::write(pid, at, word & !0xff_ffff | 0x00cc_050f).unwrap();
+    let returned = calls.iter().map(|[number, first, second, third]| {
+        let mut registers = saved;
+        (registers.rax, registers.rdi, registers.rsi, registers.rdx) = (*number, *first, *second, *third);
+        registers.orig_rax = u64::MAX;
+        ptrace::setregs(pid, registers).unwrap();
+        ptrace::cont(pid, None).unwrap();
+        assert!(matches!(waitpid(pid, None).unwrap(), WaitStatus::Stopped(_, Signal::SIGTRAP)));
+        ptrace::getregs(pid).unwrap().rax.cast_signed()
+    });
+    let returned = returned.collect();
+    ptrace::write(pid, at, word).unwrap();
+    ptrace::setregs(pid, saved).unwrap();
+    ptrace::detach(pid, None).unwrap();
+    returned
+}
+
+/// What a supervisor never needs is refused as if the kernel did not have it; it forwards on, and nobody is replaced.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_stray_call_of_the_supervisor_is_refused() {
+    needs_root!();
+    let lab = Lab::simple().unwrap();
+    let rule = rule();
+    let relay = start_relay(&lab, &["--rule", &rule, "--backend", "xsk", "--pipeline", "fused"]).unwrap();
+    let number = |call: i64| call.cast_unsigned();
+    let stray = [
+        [number(libc::SYS_ptrace), 16, 1, 0],
+        [number(libc::SYS_mount), 0, 0, 0],
+        [number(libc::SYS_init_module), 0, 0, 0],
+        [number(libc::SYS_kexec_load), 0, 0, 0],
+        [number(libc::SYS_execve), 0, 0, 0],
+        [number(libc::SYS_unshare), libc::CLONE_NEWNET as u64, 0, 0],
+        [number(libc::SYS_setns), u64::MAX, 0, 0],
+        [number(libc::SYS_perf_event_open), 0, 0, 0],
+        // Arguments: AF_VSOCK; PR_SET_PDEATHSIG; TIOCSTI; BPF_PROG_LOAD; a namespace for a child; anonymous memory to execute.
+        [number(libc::SYS_socket), libc::AF_VSOCK as u64, libc::SOCK_STREAM as u64, 0],
+        [number(libc::SYS_prctl), libc::PR_SET_PDEATHSIG as u64, 0, 0],
+        [number(libc::SYS_ioctl), 0, libc::TIOCSTI, 0],
+        [number(libc::SYS_bpf), 5, 0, 0],
+        [number(libc::SYS_clone), libc::CLONE_NEWUSER as u64, 0, 0],
+        [number(libc::SYS_mprotect), 0, 4096, libc::PROT_EXEC as u64],
+    ];
+    let allowed = [[number(libc::SYS_getpid), 0, 0, 0], [number(libc::SYS_socket), libc::AF_UNIX as u64, libc::SOCK_STREAM as u64, 0]];
+    let returned = calls_of(Pid::from_raw(relay.pid().cast_signed()), &[&stray[..], &allowed[..]].concat());
+    let refused = i64::from(-libc::ENOSYS);
+    assert_eq!(returned[..stray.len()], vec![refused; stray.len()], "{returned:?}");
+    assert_eq!(returned[stray.len()], i64::from(relay.pid()), "{returned:?}");
+    assert!(returned[stray.len() + 1] > 0, "{returned:?}");
+    assert_forwards(&lab);
+    assert_eq!(relay.status().unwrap()["workers"][0]["restarts"], 0);
+}
+
 /// Makes the process execute `socket(AF_INET, SOCK_DGRAM, 0)` by writing the instruction under its feet.
 #[cfg(target_arch = "x86_64")]
 fn inject_socket_call(pid: Pid) {

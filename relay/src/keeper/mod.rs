@@ -30,3 +30,9 @@ pub fn send_table(keeper: BorrowedFd<'_>, entries: &[(Entry, BorrowedFd<'_>)]) -
 pub fn release(keeper: BorrowedFd<'_>) -> nix::Result<()> {
     message::send(keeper, &message::Message::Release, &[], MsgFlags::MSG_DONTWAIT)
 }
+
+/// Numbers of the calls on its list.
+#[cfg(test)]
+pub(crate) fn calls() -> Vec<i64> {
+    sandbox::CALLS.to_vec()
+}

@@ -6,7 +6,7 @@ use nix::sys::resource::{Resource, setrlimit};
 use seccompiler::{SeccompAction, SeccompFilter};
 use std::collections::BTreeMap;
 
-const CALLS: [i64; 19] = [
+pub(super) const CALLS: [i64; 19] = [
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_accept4,

@@ -52,10 +52,11 @@ pub enum Verdict {
     Hung(Duration),
 }
 
-/// The policy: hung is whose count has not moved for `timeout`.
+/// The policy: hung is whose count has not moved for `timeout`, and what was granted it since.
 #[derive(Clone, Copy, Debug)]
 pub struct Liveness {
     timeout: Duration,
+    grace: Duration,
     count: u64,
     moved_at: Duration,
 }
@@ -63,21 +64,42 @@ pub struct Liveness {
 impl Liveness {
     /// Starts the clock at `now`: a process that never beats is hung at `now + timeout`.
     pub const fn new(timeout: Duration, now: Duration) -> Self {
-        Self { timeout, count: 0, moved_at: now }
+        Self { timeout, grace: Duration::ZERO, count: 0, moved_at: now }
+    }
+
+    /// The same for a successor, from `now`.
+    #[must_use]
+    pub const fn restarted(self, now: Duration) -> Self {
+        Self::new(self.timeout, now)
+    }
+
+    /// More time, until the count moves.
+    pub const fn grant(&mut self, more: Duration) {
+        self.grace = self.grace.saturating_add(more);
+    }
+
+    /// For how long the count has not moved, as of the last observation at `now`.
+    pub const fn silent(&self, now: Duration) -> Duration {
+        now.saturating_sub(self.moved_at)
+    }
+
+    /// The time-out without grants.
+    pub const fn timeout(&self) -> Duration {
+        self.timeout
     }
 
     /// One observation.
     pub fn observe(&mut self, count: u64, now: Duration) -> Verdict {
         if count != self.count {
-            (self.count, self.moved_at) = (count, now);
+            (self.count, self.moved_at, self.grace) = (count, now, Duration::ZERO);
         }
-        let silent = now.saturating_sub(self.moved_at);
-        if silent < self.timeout { Verdict::Alive } else { Verdict::Hung(silent) }
+        let silent = self.silent(now);
+        if silent < self.timeout.saturating_add(self.grace) { Verdict::Alive } else { Verdict::Hung(silent) }
     }
 
     /// When to look again at the latest.
     pub const fn deadline(&self) -> Duration {
-        self.moved_at.saturating_add(self.timeout)
+        self.moved_at.saturating_add(self.timeout).saturating_add(self.grace)
     }
 }
 
@@ -100,6 +122,18 @@ mod tests {
         assert_eq!(liveness.observe(2, ms(1700)), Verdict::Alive, "came back");
         assert_eq!(liveness.observe(1, ms(2100)), Verdict::Alive, "a successor starts over: any change is a sign of life");
         assert_eq!(liveness.observe(1, ms(50)), Verdict::Alive, "a clock that runs backwards is no verdict");
+    }
+
+    #[test]
+    fn a_grant_lasts_until_the_count_moves() {
+        let mut liveness = Liveness::new(ms(250), ms(0));
+        assert_eq!(liveness.observe(0, ms(250)), Verdict::Hung(ms(250)));
+        liveness.grant(ms(50));
+        assert_eq!((liveness.observe(0, ms(299)), liveness.deadline()), (Verdict::Alive, ms(300)));
+        assert_eq!(liveness.observe(0, ms(300)), Verdict::Hung(ms(300)));
+        assert_eq!(liveness.observe(1, ms(310)), Verdict::Alive);
+        assert_eq!(liveness.deadline(), ms(560));
+        assert_eq!(liveness.restarted(ms(1000)).deadline(), ms(1250));
     }
 
     #[test]

@@ -21,6 +21,7 @@ use super::options::{BackendChoice, Options};
 use super::planning::{Decisions, Redirectable};
 use super::ports::{self, Ports, Way};
 use super::queries::Queries;
+use super::sandbox;
 use super::takeover::Inheritance;
 use super::update::Update;
 use super::view::View;
@@ -144,13 +145,14 @@ pub(super) fn load(options: &Options) -> Result<RuleSet, RunError> {
     RuleSet::new(rules).map_err(|error| RunError::bad(error.field(), &error, ""))
 }
 
-/// Keeps the capabilities of DECISIONS §6 and lets nothing be gained again.
+/// Keeps the capabilities of DECISIONS §6 and the system calls of a relay that is set up, and lets nothing be gained again.
 fn drop_privileges() -> Result<(), RunError> {
     if let Err(error) = capabilities::empty_bounding() {
         tracing::debug!(%error, "bounding set kept");
     }
     capabilities::clear_ambient().map_err(failed("ambient capabilities"))?;
-    capabilities::retain(Set::SUPERVISOR).map_err(failed("capabilities"))
+    capabilities::retain(Set::SUPERVISOR).map_err(failed("capabilities"))?;
+    sandbox::close().map_err(failed("system call filter"))
 }
 
 pub(super) fn load_program(options: &Options) -> (Option<Program>, String) {

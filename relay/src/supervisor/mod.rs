@@ -29,6 +29,7 @@ mod planning;
 pub mod ports;
 pub mod queries;
 pub mod report;
+mod sandbox;
 pub mod takeover;
 pub mod update;
 pub mod view;

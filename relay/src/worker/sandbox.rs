@@ -125,6 +125,12 @@ fn one(argument: u8, operator: Op, value: u64) -> Result<SeccompRule, BackendErr
     SeccompRule::new(vec![SeccompCondition::new(argument, Len::Qword, operator, value)?])
 }
 
+/// Numbers of the calls on a worker's list.
+#[cfg(test)]
+pub(crate) fn calls(parts: Parts) -> Vec<i64> {
+    rules(parts).unwrap().into_keys().collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
