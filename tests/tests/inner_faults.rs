@@ -46,6 +46,15 @@ fn kill_until_degraded(relay: &RelayProcess) -> usize {
     }
 }
 
+/// `relay why` of the rule that has no worker names it, unless the next attempt has come meanwhile.
+fn assert_why_says_so(lab: &Lab, relay: &RelayProcess) {
+    let mut command = lab.relay.command(relay_bin().unwrap()).unwrap();
+    let output = command.args(["why", "worked", "--listen", "100ms", "--socket"]).arg(relay.socket()).output().unwrap();
+    let answer = String::from_utf8_lossy(&output.stdout);
+    let is_named = answer.contains("worker 0 does not run: degraded (the last one ended: ") && answer.contains("see the daemon's log");
+    assert!(is_named || relay.status().unwrap()["workers"][0]["state"] != "degraded", "{answer}");
+}
+
 /// A worker that dies before it has forwarded anything is started later and later, then the relay says that it is degraded; the
 /// rules that need no worker lose nothing meanwhile, and the first worker that is let alone runs.
 #[test]
@@ -55,7 +64,10 @@ fn a_crash_loop_is_named_and_costs_other_rules_nothing() {
     let lab = Lab::simple().unwrap();
     let relay = start_relay(&lab, &["--rule", KERNEL_RULE, "--rule", WORKER_RULE]).unwrap();
     let mut deaths = 0;
-    costs_the_others_nothing(&lab, &relay, || deaths = deaths.max(kill_until_degraded(&relay)));
+    costs_the_others_nothing(&lab, &relay, || {
+        deaths = deaths.max(kill_until_degraded(&relay));
+        assert_why_says_so(&lab, &relay);
+    });
     println!("degraded after {deaths} deaths");
     assert!(deaths >= 5, "given up too early: {deaths}");
     // It is tried again every 10 s.

@@ -1,6 +1,8 @@
 //! `relay why ID`: each cause made on purpose, told in a sentence with its remedy, and no longer told after the remedy.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot set up its world has failed")]
 
+use nix::sys::signal::Signal;
+use relay::lab::process::signal_pid;
 use relay::lab::{Lab, LabSpec, RelayProcess, send};
 use relay_tests::raw::{Checksum, Datagram, Injector};
 use relay_tests::{needs_root, relay_bin, send_args, send_in_background, start_relay};
@@ -304,6 +306,34 @@ fn a_queue_without_a_worker() {
     assert!(!unserved.contains("no worker serves") || unserved.contains("ethtool -L PEER tx 1"), "{unserved}");
     world.lab.src.output("ethtool", &["-L", "s0", "tx", "1"]).unwrap();
     world.works("a", &traffic(GROUP));
+}
+
+/// A worker that has no time loses what no rule has seen yet; more packet memory, as the remedy says, bridges the same pause.
+#[test]
+fn a_worker_that_is_too_slow() {
+    needs_root!();
+    let rule = "r0 239.1.1.1:5000 -> r1 239.9.9.9:6000; id=a";
+    for (frames, is_enough) in [("1024", false), ("65536", true)] {
+        let world = World::new(&["--backend", "xsk", "--workers", "1", "--frames", frames, "--rule", rule]);
+        let worker = world.relay.worker_pids().unwrap()[0];
+        let fast = send_args("s0", GROUP, 20_000, 60_000).unwrap();
+        let (answer, _) = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(400));
+                signal_pid(worker, Signal::SIGSTOP).unwrap();
+                std::thread::sleep(Duration::from_millis(200));
+                // It may have been taken for hung, and replaced.
+                let _ = signal_pid(worker, Signal::SIGCONT);
+            });
+            world.why("a", Some(&fast))
+        });
+        if is_enough {
+            assert!(!answer.to_string().contains("before any rule takes them"), "{answer}");
+        } else {
+            let remedy = remedy(&answer, "packets before any rule takes them: the worker is too slow");
+            assert!(remedy.contains("--frames N"), "{remedy}");
+        }
+    }
 }
 
 #[test]

@@ -147,8 +147,11 @@ pub fn answer(evidence: &Evidence<'_>) -> Answer {
         rule_of(evidence.after, evidence.rule).map(|rule| rule.rx_packets),
         rule_of(evidence.before, evidence.rule).map(|rule| rule.rx_packets),
     );
-    let moving = if taken > 0 { outputs(evidence, taken, &mut sentences) } else { false };
-    if taken == 0 {
+    let moving = taken > 0 && outputs(evidence, taken, &mut sentences);
+    if taken > 0 {
+        // What a queue or a ring loses may be this rule's, even if all that it takes is sent.
+        interface_drops(evidence, &mut sentences);
+    } else {
         workers(evidence, &mut sentences);
         ingress(evidence, &mut sentences);
         if sentences.is_empty() {
@@ -601,6 +604,17 @@ mod tests {
             let first = &answer.sentences[0];
             assert!(!answer.moving && first.sentence.starts_with("output 0 (eth1) drops 5 of 9") && !first.remedy.is_empty(), "{answer:?}");
         }
+    }
+
+    #[test]
+    fn losses_before_the_rule_are_told_of_beside_its_success() {
+        let beside = |stats: &mut Stats, _: &mut Status| {
+            (stats.rules[0].rx_packets, stats.rules[0].outputs[0].tx_packets) = (9, 9);
+            stats.interfaces[0].drops.insert("rx_ring_full".into(), 5);
+        };
+        let answer = answer_to(beside, &Overheard::default());
+        assert!(answer.moving && answer.sentences[0].sentence.starts_with("rule a works"), "{answer:?}");
+        assert!(answer.sentences[1].sentence.starts_with("eth0 loses 5 packets"), "{answer:?}");
     }
 
     #[test]
