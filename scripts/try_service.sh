@@ -1,5 +1,6 @@
 #!/bin/bash
-# Tries the Debian package under a systemd of its own: scripts/try_service.sh [FILE.deb]
+# Tries the Debian package under a systemd of its own: scripts/try_service.sh [FILE.deb [SYSTEMD.deb...]]
+# With the packages of another systemd it is tried under that one (apt-get download systemd libsystemd-shared libsystemd0 libudev1).
 # Install, start, forward, reload, upgrade and crash under traffic, stop, remove, purge. Systemd runs in its own namespaces, on an
 # overlay of this machine's file system that is memory only: nothing outside of it is touched, and all of it ends with this script.
 # Needs root, systemd, unshare, overlayfs, a cgroup file system. Exit codes: 0 passed, 1 failed, 2 can't be tried here.
@@ -13,6 +14,8 @@ cannot() { echo "try_service.sh: $1" >&2; exit 2; }
 base=$(mktemp -d)
 trap 'rm -rf --one-file-system "$base"' EXIT
 cp "$package" "$base/relay.deb"
+mkdir "$base/systemd"
+if [ $# -gt 1 ]; then cp "${@:2}" "$base/systemd/"; fi
 
 # The machine: systemd as process 1 of a new PID namespace, on an overlay.
 cat > "$base/machine" <<'END'
@@ -24,6 +27,10 @@ mount -t tmpfs tmpfs "$base/memory"
 mkdir "$base/memory/upper" "$base/memory/work" "$base/memory/root"
 mount -t overlay -o "lowerdir=/,upperdir=$base/memory/upper,workdir=$base/memory/work" overlay "$base/memory/root"
 cd "$base/memory/root"
+# /lib is a link to /usr/lib, and stays one.
+for package in "$base"/systemd/*.deb; do
+    if [ -f "$package" ]; then dpkg-deb --fsys-tarfile "$package" | tar -x --keep-directory-symlink; fi
+done
 mount -t proc proc proc
 mount -t sysfs sysfs sys
 mount -t bpf bpf sys/fs/bpf
