@@ -8,10 +8,12 @@ use aya::maps::{Array, PerCpuArray, PerCpuValues};
 use aya::programs::{TestRun as _, TestRunAttrs, TestRunOptions, Xdp, XdpMode};
 use aya::{Ebpf, EbpfLoader};
 use nix::sched::{CloneFlags, unshare};
+use relay::lab::clock;
+use relay::lab::packet::Flow;
 use relay::nic::afxdp::program::LAB_OBJECT;
 use relay_common::{
     CounterValue,
-    lab::{TEMPLATE_LEN, Template},
+    lab::{Pace, TEMPLATE_LEN, Template, VARY_GROUP, VARY_SOURCE_PORT},
 };
 use relay_tests::golden;
 use std::process::Command;
@@ -64,7 +66,8 @@ fn template(packet: &mut [u8]) -> Template {
     packet[CHECKSUM as usize..CHECKSUM as usize + 2].copy_from_slice(&checksum.to_be_bytes());
     let mut bytes = [0; TEMPLATE_LEN];
     bytes[..packet.len()].copy_from_slice(packet);
-    Template { len: packet.len() as u32, sequence_offset: PAYLOAD, checksum_offset: CHECKSUM, checksum: checksum.into(), bytes }
+    let (len, checksum) = (packet.len() as u32, checksum.into());
+    Template { len, sequence_offset: PAYLOAD, checksum_offset: CHECKSUM, checksum, stamp_offset: 0, flows: 0, vary: 0, zero: 0, bytes }
 }
 
 /// RFC 768's sum over pseudo-header and datagram of an untagged IPv4 packet; 0xffff where its checksum is right.
@@ -73,6 +76,13 @@ fn udp_sum(packet: &[u8]) -> u16 {
     let words =
         packet[26..34].chunks(2).chain(udp.chunks(2)).map(|word| u32::from(word[0]) << 8 | word.get(1).copied().map_or(0, u32::from));
     let sum = words.sum::<u32>() + 17 + udp.len() as u32;
+    let sum = (sum & 0xffff) + (sum >> 16);
+    ((sum & 0xffff) + (sum >> 16)) as u16
+}
+
+/// The sum of the IPv4 header; 0xffff where its checksum is right.
+fn ip_sum(packet: &[u8]) -> u16 {
+    let sum: u32 = packet[14..34].chunks(2).map(|word| u32::from(word[0]) << 8 | u32::from(word[1])).sum();
     let sum = (sum & 0xffff) + (sum >> 16);
     ((sum & 0xffff) + (sum >> 16)) as u16
 }
@@ -103,6 +113,62 @@ fn the_generator_writes_whole_packets_with_rising_sequence_and_right_checksum() 
     }
     assert_eq!(run(xdp(&mut lab, "lab_generate"), &vec![0; packet.len() - 1]).0, XDP_ABORTED, "the template is longer than the packet");
     assert_eq!(count(&lab).packets, 5);
+}
+
+/// A datagram of 32 zero bytes.
+fn datagram() -> Vec<u8> {
+    let flow = Flow {
+        source_mac: [2, 0, 0, 0, 0, 1],
+        destination_mac: [1, 0, 0x5e, 1, 1, 1],
+        source: "10.0.0.1:4000".parse().unwrap(),
+        destination: "239.1.1.1:5000".parse().unwrap(),
+        ttl: 9,
+        dscp: 0,
+    };
+    flow.frame(&[0; 32])
+}
+
+/// The time of sending, on the clock that was asked for, under a checksum that is right.
+#[test]
+fn the_generator_stamps_what_it_sends() {
+    if !can_run() {
+        return;
+    }
+    let mut lab = EbpfLoader::new().load(LAB_OBJECT).unwrap();
+    let mut packet = datagram();
+    let stamped = Template { stamp_offset: PAYLOAD + 8, ..template(&mut packet) };
+    set_template(&mut lab, stamped);
+    let clock_ns = clock::realtime_ns() - clock::monotonic_ns();
+    Array::<_, Pace>::try_from(lab.map_mut("LAB_PACE").unwrap()).unwrap().set(0, Pace { clock_ns, ..Pace::default() }, 0).unwrap();
+    let before = clock::realtime_ns();
+    let (action, out) = run(xdp(&mut lab, "lab_generate"), &vec![0xee; packet.len()]);
+    let stamp = u64::from_be_bytes(out[50..58].try_into().unwrap());
+    // The two clocks were read one after the other.
+    assert!(stamp + 1_000_000_000 > before && stamp < clock::realtime_ns() + 1_000_000_000, "{stamp} is not after {before}");
+    assert_eq!((action, udp_sum(&out), &out[58..]), (XDP_TX, 0xffff, &packet[58..]));
+}
+
+/// Each flow has its turn before one comes again, whole, with right checksums.
+#[test]
+fn flows_take_turns() {
+    if !can_run() {
+        return;
+    }
+    for vary in [VARY_SOURCE_PORT, VARY_GROUP] {
+        let mut lab = EbpfLoader::new().load(LAB_OBJECT).unwrap();
+        let mut packet = datagram();
+        let flows = Template { sequence_offset: 0, flows: 300, vary, ..template(&mut packet) };
+        set_template(&mut lab, flows);
+        let mut seen = std::collections::BTreeSet::new();
+        for _ in 0..300 {
+            let (action, out) = run(xdp(&mut lab, "lab_generate"), &vec![0xee; packet.len()]);
+            assert_eq!((action, udp_sum(&out), ip_sum(&out)), (XDP_TX, 0xffff, 0xffff), "{out:02x?}");
+            let [port, group] = [u32::from(out[34]) << 8 | u32::from(out[35]), u32::from_be_bytes(out[30..34].try_into().unwrap())];
+            assert_eq!(out[..6], [1, 0, 0x5e, out[31] & 0x7f, out[32], out[33]]);
+            seen.insert(if vary == VARY_GROUP { group - 0xef01_0101 } else { port - 4000 });
+        }
+        assert!(seen.into_iter().eq(0..300), "all of them, once each");
+    }
 }
 
 #[test]

@@ -13,15 +13,17 @@ pub(crate) struct Args {
     /// Hold the figures against the bars; exit code 5 if one is missed
     #[arg(long)]
     gate: bool,
-    /// One of them alone (path, payload, loss, fanout, latency, chain)
+    /// One of them alone (path, payload, flows, rules, loss, fanout, latency, chain)
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
 }
 
 /// Name of the files and arguments of `relay bench`: a few minutes together.
-const BENCHES: [(&str, &str); 6] = [
+const BENCHES: [(&str, &str); 8] = [
     ("path", "path --duration 2s"),
     ("payload", "path --rows kernel,xsk,xsk_loop,packet --payload 64,512,1400 --duration 1s"),
+    ("flows", "path --rows xsk,coalesce --flows 16 --duration 1s"),
+    ("rules", "path --rows kernel,xsk --rules 1,10000 --duration 1s"),
     ("loss", "path --rows kernel,xsk --rate 500000 --duration 10s"),
     ("fanout", "fanout --duration 1s"),
     ("latency", "latency"),

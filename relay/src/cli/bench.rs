@@ -74,10 +74,10 @@ pub(super) struct Files {
 /// Measures and prints.
 pub(super) fn run(command: &BenchCommand, context: &Context) -> Outcome {
     match command {
-        BenchCommand::Path { args, files } => figures(files, args.rate.is_some(), context, || paths::measure(args)),
-        BenchCommand::Fanout { args, files } => figures(files, false, context, || paths::measure_fanout(args)),
-        BenchCommand::Latency { args, files } => figures(files, false, context, || latency::measure(args)),
-        BenchCommand::Chain { args, files } => figures(files, true, context, || chain::measure(args)),
+        BenchCommand::Path { args, files } => figures(files, context, || paths::measure(args)),
+        BenchCommand::Fanout { args, files } => figures(files, context, || paths::measure_fanout(args)),
+        BenchCommand::Latency { args, files } => figures(files, context, || latency::measure(args)),
+        BenchCommand::Chain { args, files } => figures(files, context, || chain::measure(args)),
         BenchCommand::Ring(args) => print(&ring::measure(args).map_err(failed)?, context),
         BenchCommand::Channels(args) => {
             let report = channels::measure(args).map_err(failed)?;
@@ -102,11 +102,11 @@ fn print(report: &ringbench::Report, context: &Context) -> Outcome {
 }
 
 /// Measures, prints, writes and judges. A row that could not run is a failure, whatever the others say.
-fn figures(files: &Files, is_paced: bool, context: &Context, measure: impl FnOnce() -> Result<Report, LabError>) -> Outcome {
+fn figures(files: &Files, context: &Context, measure: impl FnOnce() -> Result<Report, LabError>) -> Outcome {
     files.check()?;
     let mut report = measure()?;
     if files.gate {
-        report.bars = gate::bars(&report, is_paced);
+        report.bars = gate::bars(&report);
     }
     context.output.facts(&report, |_| paths::table(&report))?;
     for (file, text) in files.contents(&report) {

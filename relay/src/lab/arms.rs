@@ -122,13 +122,14 @@ impl Arm {
     }
 
     /// The rule, with path and engine named (DECISIONS: tests and figures).
-    fn rule(self, group: SocketAddr, outputs: &str) -> String {
+    fn rule(self, group: SocketAddr, outputs: &str, number: u32) -> String {
         let engine = match self {
             Self::Xsk => " engine=tx",
             Self::Coalesce => " engine=coalesce",
             _ => "",
         };
-        format!("r0 {group} -> {outputs}; id=lab path={}{engine}", self.path())
+        let id = if number == 0 { "lab".to_owned() } else { format!("lab{number}") };
+        format!("r0 {group} -> {outputs}; id={id} path={}{engine}", self.path())
     }
 }
 
@@ -139,7 +140,7 @@ fn outputs(fanout: u16) -> String {
     outputs.join(", ")
 }
 
-/// What hop `n` of a chain takes, and hop `n - 1` sends; hop 0 takes [`GROUP`].
+/// The `n`th group after [`GROUP`]: what hop `n` of a chain takes, and hop `n - 1` sends; the group of rule `n`.
 fn hop_group(n: u32) -> SocketAddr {
     let IpAddr::V4(first) = GROUP.ip() else { return GROUP };
     SocketAddr::new(IpAddr::V4(Ipv4Addr::from_bits(first.to_bits() + n)), GROUP.port())
@@ -164,15 +165,25 @@ pub enum Running {
 impl Running {
     /// Starts an arm on one CPU; it forwards when this returns. `extra`: further arguments of `relay run`.
     pub fn start(lab: &Lab, arm: Arm, program: &Path, cpu: Option<usize>, extra: &[&str]) -> Result<Self> {
-        Self::start_fanout(lab, arm, 1, program, cpu, extra)
+        Self::start_many(lab, arm, (1, 1), program, cpu, extra)
     }
 
-    /// The same with so many outputs, all out of `r1`.
-    pub fn start_fanout(lab: &Lab, arm: Arm, fanout: u16, program: &Path, cpu: Option<usize>, extra: &[&str]) -> Result<Self> {
+    /// The same with so many outputs, all out of `r1`, and so many rules, for [`GROUP`] and the groups after it.
+    pub fn start_many(
+        lab: &Lab,
+        arm: Arm,
+        (fanout, rules): (u16, u16),
+        program: &Path,
+        cpu: Option<usize>,
+        extra: &[&str],
+    ) -> Result<Self> {
         match arm {
-            _ if fanout > 1 && !arm.is_relay() => Err(LabError::Invalid(format!("{} has one output only", arm.name()))),
+            _ if (fanout > 1 || rules > 1) && !arm.is_relay() => {
+                Err(LabError::Invalid(format!("{} has one output and no rules", arm.name())))
+            }
             Arm::Xsk | Arm::Coalesce | Arm::Packet | Arm::Kernel => {
-                start_relay(&lab.relay, arm, &arm.rule(GROUP, &outputs(fanout)), program, cpu, extra)
+                let rules: Vec<String> = (0..u32::from(rules)).map(|n| arm.rule(hop_group(n), &outputs(fanout), n)).collect();
+                start_relay(&lab.relay, arm, &rules, program, cpu, extra)
             }
             #[cfg(feature = "peers")]
             Arm::XskLoop => Ok(Self::XskLoop(XskLoop::start(&lab.relay, "r0", "r1", REWRITTEN, cpu)?)),
@@ -190,7 +201,7 @@ impl Running {
         let (namespace, from, to) = (lab.hop(hop), hop_group(hop), hop_group(hop + 1));
         match arm {
             Arm::Sockets => start_sockets(namespace, from, to, cpu),
-            _ if arm.is_relay() => start_relay(namespace, arm, &arm.rule(from, &format!("r1 {to} ttl=keep")), program, cpu, extra),
+            _ if arm.is_relay() => start_relay(namespace, arm, &[arm.rule(from, &format!("r1 {to} ttl=keep"), 0)], program, cpu, extra),
             _ => Err(LabError::Invalid(format!("{} has no place in a chain", arm.name()))),
         }
     }
@@ -223,8 +234,9 @@ impl Running {
     }
 }
 
-fn start_relay(namespace: &Namespace, arm: Arm, rule: &str, program: &Path, cpu: Option<usize>, extra: &[&str]) -> Result<Running> {
-    let mut args = vec!["--backend", arm.path(), "--rule", rule];
+fn start_relay(namespace: &Namespace, arm: Arm, rules: &[String], program: &Path, cpu: Option<usize>, extra: &[&str]) -> Result<Running> {
+    let mut args = vec!["--backend", arm.path()];
+    args.extend(rules.iter().flat_map(|rule| ["--rule", rule]));
     let cpus = cpu.map(|cpu| cpu.to_string());
     if let Some(cpus) = &cpus {
         args.extend(["--cpus", cpus]);

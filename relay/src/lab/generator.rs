@@ -7,7 +7,7 @@
 use super::error::{LabError, Result};
 use super::packet::{Flow, group_mac};
 use super::topology::Lab;
-use super::xdp::LabProgram;
+use super::xdp::{LIVE_BATCH, LabProgram, Marks};
 use super::{clock, payload, socket};
 use relay_common::lab::Pace;
 use std::net::SocketAddr;
@@ -23,10 +23,12 @@ const WARM_UP: Duration = Duration::from_millis(200);
 const STALL: Duration = Duration::from_millis(20);
 /// Packets of one call at most, whatever was asked for: 40 s at 5 Mpps.
 const MAX_REPEAT: f64 = 200e6;
+/// Frames that wait at a veth's other end at most (drivers/net/veth.c).
+const VETH_RING: u32 = 256;
 /// Ethernet, IPv4, UDP.
 const IPV4_HEADERS: u64 = 42;
 /// Source of generated packets, `s0`.
-pub const SOURCE: &str = "10.0.0.1:40000";
+const SOURCE: &str = "10.0.0.1:40000";
 
 /// Packets from `s0` to one group, as fast as one core can.
 #[derive(Debug)]
@@ -35,7 +37,15 @@ pub struct Generator {
     flow: Flow,
     frame: Vec<u8>,
     ifindex: u32,
+    /// Packets sent at a time.
+    batch: u32,
 }
+
+/// Where the sequence number of a stamped datagram stands in its frame (`payload`'s places, big-endian).
+pub const SEQUENCE_AT: u32 = IPV4_HEADERS as u32 + payload::MAGIC.len() as u32;
+/// See [`SEQUENCE_AT`].
+pub const STAMP_AT: u32 = IPV4_HEADERS as u32 + payload::NUMBERED_LEN as u32;
+const CHECKSUM_AT: u32 = IPV4_HEADERS as u32 - 2;
 
 /// What passed in a window.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -71,7 +81,7 @@ impl Generator {
         let source = SOURCE.parse().map_err(|_| LabError::Invalid(SOURCE.into()))?;
         let flow = Flow { source_mac: [2, 0, 0, 0, 0, 1], destination_mac, source, destination: to, ttl: 16, dscp: 0 };
         let ifindex = lab.src.run(|| socket::ifindex("s0"))??;
-        let mut generator = Self { program: LabProgram::load()?, flow, frame: Vec::new(), ifindex };
+        let mut generator = Self { program: LabProgram::load()?, flow, frame: Vec::new(), ifindex, batch: LIVE_BATCH };
         generator.set_payload(size)?;
         Ok(generator)
     }
@@ -81,16 +91,40 @@ impl Generator {
         let mut bytes = vec![0; size];
         payload::write(&mut bytes, 0, 0);
         self.frame = self.flow.frame(&bytes);
-        self.program.set_template(&self.frame)
+        self.program.set_template(&self.frame, Marks::default())
+    }
+
+    /// The same, of so many flows by turns: they differ in the source port, or (`VARY_GROUP`) in the group.
+    pub fn set_flows(&mut self, size: usize, flows: u32, vary: u32) -> Result<()> {
+        self.set_payload(size)?;
+        let marks = Marks { checksum_offset: CHECKSUM_AT, flows, vary, ..Marks::default() };
+        if flows > 1 { self.program.set_template(&self.frame, marks) } else { Ok(()) }
+    }
+
+    /// From now on datagrams of `size` bytes that have a sequence number and the time (CLOCK_REALTIME) when each was made, sent one
+    /// by one.
+    pub fn set_stamped(&mut self, size: usize) -> Result<()> {
+        let mut bytes = vec![0; size];
+        payload::write(&mut bytes, 0, 0);
+        self.frame = self.flow.frame(&bytes);
+        self.batch = 1;
+        let marks = Marks { sequence_offset: SEQUENCE_AT, stamp_offset: STAMP_AT, checksum_offset: CHECKSUM_AT, ..Marks::default() };
+        self.program.set_template(&self.frame, marks)
+    }
+
+    /// From now on packets are sent so many at a time that each may go out of `r1` `fanout` times: what the receive work sends on
+    /// is taken at the other end when that work ends, and a veth has room for 256 frames.
+    pub fn set_fanout(&mut self, fanout: u16) {
+        self.batch = (VETH_RING / 2 / u32::from(fanout.max(1))).clamp(1, LIVE_BATCH);
     }
 
     /// Sends `count` packets from `cpu`; how long it took.
     pub fn send(&mut self, lab: &Lab, cpu: usize, count: u32) -> Result<Duration> {
-        let Self { program, frame, ifindex, .. } = self;
+        let Self { program, frame, ifindex, batch, .. } = self;
         lab.src.run(|| {
             clock::pin_thread(cpu)?;
             let begin = Instant::now();
-            program.generate(frame, *ifindex, count)?;
+            program.generate(frame, *ifindex, count, *batch)?;
             Ok(begin.elapsed())
         })?
     }
@@ -125,7 +159,8 @@ impl Generator {
         let idle = self.send_aside(lab, cpu, PROBE)?.saturating_sub(STALL);
         let repeat = f64::from(PROBE) / idle.as_secs_f64().max(1e-3) * (length + WARM_UP).as_secs_f64();
         let now = clock::monotonic_ns();
-        self.program.set_pace(Pace { interval_ns, next_ns: now, until_ns: now + length.as_nanos() as u64 })?;
+        let clock_ns = clock::realtime_ns().wrapping_sub(clock::monotonic_ns());
+        self.program.set_pace(Pace { interval_ns, next_ns: now, until_ns: now + length.as_nanos() as u64, clock_ns })?;
         let before = self.program.count()?;
         self.send_aside(lab, cpu, repeat.min(f64::from(u32::MAX / 2)) as u32)?;
         let sent = self.program.count()? - before;
@@ -184,7 +219,7 @@ pub enum Sink<'a> {
 impl<'a> Sink<'a> {
     /// Counts XDP frames on `kN`.
     pub fn at_link(lab: &Lab, link: u32) -> Result<Self> {
-        Self::attach(lab.sink(link), &format!("k{link}"))
+        counting(lab.sink(link), &format!("k{link}")).map(Self::Program)
     }
 
     /// Counts datagrams of `payload` bytes that come in skbs on `kN`.
@@ -196,13 +231,7 @@ impl<'a> Sink<'a> {
 
     /// Counts on `r0`, where the relay would be: the generator's ceiling.
     pub fn at_relay(lab: &Lab) -> Result<Self> {
-        Self::attach(&lab.relay, "r0")
-    }
-
-    fn attach(namespace: &super::Namespace, iface: &str) -> Result<Self> {
-        let mut program = LabProgram::load()?;
-        namespace.run(|| program.attach("lab_drop", socket::ifindex(iface)?))??;
-        Ok(Self::Program(program))
+        counting(&lab.relay, "r0").map(Self::Program)
     }
 
     /// Packets so far.
@@ -224,6 +253,13 @@ impl Drop for Sink<'_> {
             let _ = namespace.output("ethtool", &["-K", iface, "gro", "on"]);
         }
     }
+}
+
+/// The counting, dropping program on an interface.
+fn counting(namespace: &super::Namespace, iface: &str) -> Result<LabProgram> {
+    let mut program = LabProgram::load()?;
+    namespace.run(|| program.attach("lab_drop", socket::ifindex(iface)?))??;
+    Ok(program)
 }
 
 /// A column of an interface's line in /proc/net/dev.

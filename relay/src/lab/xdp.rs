@@ -14,8 +14,23 @@ use std::os::fd::AsRawFd;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../nic/afxdp/object/lab.bpf.o");
 
-/// Frames per batch of a live test run; the kernel's default and limit are 64 and 256.
-const LIVE_BATCH: u32 = 64;
+/// Frames per batch of a live test run; the kernel's default and limit are 64 and 256. A batch is sent as a whole.
+pub(super) const LIVE_BATCH: u32 = 64;
+
+/// What `lab_generate` writes into every packet of its own. Zeroes: nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Marks {
+    /// Where the sequence number stands (u64, big-endian).
+    pub sequence_offset: u32,
+    /// Where the time of sending stands (u64, big-endian, ns).
+    pub stamp_offset: u32,
+    /// Where the checksum over both, and over flows, stands.
+    pub checksum_offset: u32,
+    /// Flows by turns, and in what they differ (`VARY_*`).
+    pub flows: u32,
+    /// See `flows`.
+    pub vary: u32,
+}
 
 /// One loaded instance of the lab object, with maps of its own.
 #[derive(Debug)]
@@ -77,13 +92,16 @@ impl LabProgram {
         map.set(queue, socket.as_raw_fd(), 0).map_err(bpf("LAB_XSKS"))
     }
 
-    /// What `lab_generate` writes into every packet.
-    pub fn set_template(&mut self, frame: &[u8]) -> Result<()> {
+    /// What `lab_generate` writes into every packet; the places of `marks` are zero in it, but for the checksum.
+    pub fn set_template(&mut self, frame: &[u8], marks: Marks) -> Result<()> {
         let len = u32::try_from(frame.len()).unwrap_or(u32::MAX);
         let mut bytes = [0; TEMPLATE_LEN];
         let room = bytes.get_mut(..frame.len()).ok_or_else(|| LabError::Invalid(format!("a template of {len} bytes is too long")))?;
         room.copy_from_slice(frame);
-        let template = Template { len, sequence_offset: 0, checksum_offset: 0, checksum: 0, bytes };
+        let Marks { sequence_offset, stamp_offset, checksum_offset, flows, vary } = marks;
+        let at = checksum_offset as usize;
+        let checksum = frame.get(at..at + 2).map_or(0, |pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
+        let template = Template { len, sequence_offset, checksum_offset, checksum, stamp_offset, flows, vary, zero: 0, bytes };
         let map = self.ebpf.map_mut("LAB_TEMPLATE").ok_or_else(|| missing("LAB_TEMPLATE"))?;
         let mut map = Array::<&mut MapData, Template>::try_from(map).map_err(bpf("LAB_TEMPLATE"))?;
         map.set(0, template, 0).map_err(bpf("LAB_TEMPLATE"))
@@ -96,9 +114,9 @@ impl LabProgram {
         map.set(0, pace, 0).map_err(bpf("LAB_PACE"))
     }
 
-    /// Sends `repeat` packets out of `ifindex` from the calling thread (BPF_PROG_TEST_RUN with live frames).
+    /// Sends `repeat` packets out of `ifindex` from the calling thread (BPF_PROG_TEST_RUN with live frames), so many at a time.
     /// Each call costs about 20 ms beside its packets.
-    pub fn generate(&mut self, frame: &[u8], ifindex: u32, repeat: u32) -> Result<()> {
+    pub fn generate(&mut self, frame: &[u8], ifindex: u32, repeat: u32, batch: u32) -> Result<()> {
         // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
         let mut context = [0u8; 24];
         let words = [0, u32::try_from(frame.len()).unwrap_or(0), 0, ifindex, 0, 0];
@@ -109,7 +127,7 @@ impl LabProgram {
         options.data_in = Some(frame);
         options.ctx_in = Some(&context);
         options.repeat = repeat;
-        options.attrs = TestRunAttrs::new().xdp_live_frames(LIVE_BATCH);
+        options.attrs = TestRunAttrs::new().xdp_live_frames(batch);
         self.program("lab_generate")?.test_run(options).map(drop).map_err(bpf("lab_generate"))
     }
 

@@ -305,12 +305,14 @@ impl KernelPath {
     fn rest_over(&mut self, tables: &mut KernelTables, now: Instant) {
         let (over, resting): (Vec<_>, Vec<_>) = std::mem::take(&mut self.resting).into_iter().partition(|(at, _)| *at <= now);
         self.resting = resting;
-        if !over.is_empty() {
-            // Where stores may be seen in another order than they were made, a flow can have been remembered by a plan that was no
-            // longer in force, under the generation that came after: it ends here, before the plan's place is another's.
-            if let Err(error) = tables.forget_flows() {
-                tracing::warn!(%error, "forgetting flows");
-            }
+        // Where stores may be seen in another order than they were made, a flow can have been remembered by a plan that was no longer
+        // in force, under the generation that came after: it ends here, before the plan's place is another's.
+        if !over.is_empty()
+            && let Err(error) = tables.forget_flows()
+        {
+            tracing::warn!(%error, "forgetting flows");
+            self.resting.extend(over);
+            return;
         }
         for (_, placed) in over {
             if is_several(&placed.wanted) {

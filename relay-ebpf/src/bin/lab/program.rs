@@ -12,7 +12,7 @@ use aya_ebpf::{
 };
 use relay_common::{
     CounterValue,
-    lab::{CATCH_UP_NS, LAB_SLOTS, Pace, TEMPLATE_LEN, Template},
+    lab::{CATCH_UP_NS, FLOW_STEP, LAB_SLOTS, Pace, TEMPLATE_LEN, Template, VARY_GROUP},
 };
 use relay_ebpf::{
     packet::{self, Packet},
@@ -33,6 +33,10 @@ static LAB_PACE: Array<Pace, 1> = Array::new();
 /// Next sequence number of each CPU.
 #[btf_map]
 static LAB_SEQUENCE: PerCpuArray<u64, 1> = PerCpuArray::new();
+
+/// The flow of each CPU's last packet.
+#[btf_map]
+static LAB_FLOW: PerCpuArray<u32, 1> = PerCpuArray::new();
 
 /// Counts and drops: the ceiling of a generator.
 #[xdp(frags)]
@@ -103,16 +107,61 @@ fn is_due() -> bool {
 fn generate(ctx: &XdpContext) -> Option<()> {
     let template = LAB_TEMPLATE.get(0)?;
     packet::store::<TEMPLATE_LEN>(ctx, 0, &template.bytes, template.len).then_some(())?;
-    if template.sequence_offset == 0 {
-        return Some(());
+    let mut sum = 0;
+    if template.sequence_offset != 0 {
+        sum += number(ctx, template.sequence_offset, next_sequence()?)?;
     }
-    let sequence = next_sequence()?;
-    packet::store::<8>(ctx, template.sequence_offset, &sequence.to_be_bytes(), 8).then_some(())?;
+    if template.stamp_offset != 0 {
+        sum += number(ctx, template.stamp_offset, stamp()?)?;
+    }
+    if template.flows > 1 {
+        sum += flow(ctx, template)?;
+    }
     if template.checksum_offset == 0 {
         return Some(());
     }
-    let checksum = adjusted(template.checksum as u16, sequence).to_be_bytes();
+    let checksum = adjusted(template.checksum as u16, sum).to_be_bytes();
     packet::store::<2>(ctx, template.checksum_offset, &checksum, 2).then_some(())
+}
+
+/// Writes it over eight zero bytes; the sum of its words.
+#[inline(always)]
+fn number(ctx: &XdpContext, offset: u32, value: u64) -> Option<u64> {
+    packet::store::<8>(ctx, offset, &value.to_be_bytes(), 8).then_some(())?;
+    Some((value & 0xffff) + (value >> 16 & 0xffff) + (value >> 32 & 0xffff) + (value >> 48))
+}
+
+/// Makes the packet the next flow's; what that adds to its UDP checksum's sum.
+#[inline(always)]
+fn flow(ctx: &XdpContext, template: &Template) -> Option<u64> {
+    let last = LAB_FLOW.get_ptr_mut(0)?;
+    // SAFETY: a non-null lookup in a per-CPU array is this CPU's own element.
+    let last = unsafe { &mut *last };
+    *last = last.wrapping_add(FLOW_STEP).checked_rem(template.flows)?;
+    let packet = &template.bytes;
+    if template.vary != VARY_GROUP {
+        let old = u16::from_be_bytes([packet[34], packet[35]]);
+        let new = old.wrapping_add(*last as u16);
+        packet::store::<2>(ctx, 34, &new.to_be_bytes(), 2).then_some(())?;
+        return Some(u64::from(!old) + u64::from(new));
+    }
+    let old = u32::from_be_bytes([packet[30], packet[31], packet[32], packet[33]]);
+    let new = old.wrapping_add(*last);
+    let change = u64::from(!(old >> 16) as u16) + u64::from(!old as u16) + u64::from(new >> 16) + u64::from(new & 0xffff);
+    let [_, b, c, d] = new.to_be_bytes();
+    packet::store::<4>(ctx, 30, &new.to_be_bytes(), 4).then_some(())?;
+    packet::store::<3>(ctx, 3, &[b & 0x7f, c, d], 3).then_some(())?;
+    let header = adjusted(u16::from_be_bytes([packet[24], packet[25]]), change).to_be_bytes();
+    packet::store::<2>(ctx, 24, &header, 2).then_some(())?;
+    Some(change)
+}
+
+/// The time, as the last thing before it is written.
+#[inline(always)]
+fn stamp() -> Option<u64> {
+    let clock = LAB_PACE.get(0)?.clock_ns;
+    // SAFETY: the helper has no arguments.
+    Some(unsafe { bpf_ktime_get_ns() }.wrapping_add(clock))
 }
 
 #[inline(always)]
@@ -125,10 +174,9 @@ fn next_sequence() -> Option<u64> {
     Some(sequence)
 }
 
-/// RFC 1624: the checksum after eight zero bytes at an even offset became `sequence`. 0 is sent as 0xffff (RFC 768).
+/// RFC 1624: the checksum after zero bytes at even offsets became words of this sum. 0 is sent as 0xffff (RFC 768).
 #[inline(always)]
-fn adjusted(checksum: u16, sequence: u64) -> u16 {
-    let words = (sequence & 0xffff) + (sequence >> 16 & 0xffff) + (sequence >> 32 & 0xffff) + (sequence >> 48);
+fn adjusted(checksum: u16, words: u64) -> u16 {
     let sum = u64::from(!checksum) + words;
     let sum = (sum & 0xffff) + (sum >> 16);
     let sum = (sum & 0xffff) + (sum >> 16);

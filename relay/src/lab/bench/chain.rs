@@ -4,7 +4,7 @@
 //! relay, or in the ring of the link that leads to it (which counts as that relay's). Then a search for the highest loss-free rate of
 //! each beginning of the chain. Must never ask a relay how many packets it has carried.
 
-use super::report::{PREEMPTED_PER_SECOND, Report, Row, machine};
+use super::report::{KEPT_PACE, PREEMPTED_PER_SECOND, Report, Row, machine};
 use super::{Place, program};
 use crate::lab::arms::{Arm, GROUP, Running};
 use crate::lab::error::Result;
@@ -80,9 +80,14 @@ impl Trial {
         1.0 - (self.at(hop + 1) as f64 / self.sent.max(1) as f64).min(1.0)
     }
 
+    /// Packets that were sent, a second: what was asked for, or less.
+    fn offered_pps(&self) -> f64 {
+        self.sent as f64 / self.seconds.max(1e-9)
+    }
+
     /// The generator kept the pace, so a loss is the chain's.
     fn is_offered(&self) -> bool {
-        self.sent as f64 > 0.95 * self.rate as f64 * self.seconds
+        self.offered_pps() >= KEPT_PACE * self.rate as f64
     }
 }
 
@@ -99,7 +104,7 @@ pub fn measure(args: &ChainArgs) -> Result<Report> {
     args.place.check()?;
     let lab = Lab::chain(args.hops)?;
     let generator = Generator::new(&lab, GROUP, 64)?;
-    let mut report = Report { machine: machine(), ..Report::default() };
+    let mut report = Report { machine: machine(), is_paced: true, ..Report::default() };
     report.ping_pong_ns.push(args.place.ping_pong_ns()?);
     let mut bench = Bench { lab, generator, args, steps: Steps::new(None) };
     for arm in &args.rows {
@@ -159,6 +164,12 @@ fn bounds(trials: &[Trial], hop: usize) -> (Option<u64>, Option<u64>) {
     (free.map(|trial| trial.rate).max(), too_high)
 }
 
+/// The highest rate that was offered, not asked for, without a loss up to relay `hop`.
+fn loss_free_pps(trials: &[Trial], hop: usize) -> Option<f64> {
+    let best = bounds(trials, hop).0?;
+    trials.iter().filter(|trial| trial.rate == best).map(Trial::offered_pps).reduce(f64::min)
+}
+
 /// The generator, and no loss, ended the search: the chain may carry more.
 fn is_source_bound(trials: &[Trial], hop: usize) -> bool {
     let limit = bounds(trials, hop).1;
@@ -188,13 +199,16 @@ fn rows(arm: Arm, args: &ChainArgs, load: &Trial, preemptions: &[u64], searched:
             wait: if arm.is_relay() { args.wait().into() } else { String::new() },
             payload: 64,
             fanout: 1,
+            flows: 1,
+            rules: 1,
             hops: hop as u32 + 1,
+            asked_pps: Some(args.rate as f64),
             offered_pps: input as f64 / load.seconds.max(1e-9),
             delivered_pps: delivered,
             loss: 1.0 - (output as f64 / input.max(1) as f64).min(1.0),
             lost_packets: input.saturating_sub(output),
             sent_packets: input,
-            loss_free_pps: searched.and_then(|trials| bounds(trials, hop).0).map(|rate| rate as f64),
+            loss_free_pps: searched.and_then(|trials| loss_free_pps(trials, hop)),
             median_of: 1,
             min: delivered,
             max: delivered,
@@ -234,6 +248,7 @@ mod tests {
         for (hop, limit) in limits.into_iter().enumerate() {
             let found = bounds(&trials, hop).0.unwrap();
             assert!(found <= limit && found as f64 * 1.07 > limit as f64, "relay {hop}: {found} of {limit}");
+            assert_eq!(loss_free_pps(&trials, hop), Some(found as f64));
         }
     }
 
@@ -251,6 +266,8 @@ mod tests {
         let behind = Trial { sent: 100, passed: vec![100; 4], ..trial(1_000_000, [u64::MAX; 3]) };
         let trials = [trial(250_000, [u64::MAX; 3]), behind];
         assert_eq!(bounds(&trials, 2), (Some(250_000), Some(1_000_000)), "a pace that was not kept proves nothing");
+        let slow = [Trial { sent: 245_000, ..trial(250_000, [u64::MAX; 3]) }];
+        assert_eq!(loss_free_pps(&slow, 2), Some(245_000.0), "what was offered counts");
         assert!(is_source_bound(&trials, 2) && !is_source_bound(&[trial(250_000, [1; 3])], 2));
     }
 

@@ -39,10 +39,16 @@ const LOSSLESS: [&str; 2] = ["kernel", "xsk"];
 /// A large payload may cost so much of the packet rate, and an output more nothing but this.
 const LARGE_SHARE: f64 = 0.85;
 const FLAT: f64 = 0.95;
+/// So many flows by turns never make engine coalesce slower than engine tx, but for this.
+const MANY_FLOWS: u32 = 16;
+const NOT_SLOWER: f64 = 0.95;
+/// So many rules cost no more than 1.15 times one.
+const MANY_RULES: u32 = 10_000;
+const RULES_SHARE: f64 = 1.0 / 1.15;
 
-/// All bars that the report has rows for. `is_paced`: its rows ran at a rate that both lossless paths must carry.
-pub fn bars(report: &Report, is_paced: bool) -> Vec<Bar> {
-    let rows = &report.rows;
+/// All bars that the report has rows for.
+pub fn bars(report: &Report) -> Vec<Bar> {
+    let (rows, is_paced) = (&report.rows, report.is_paced);
     let mut bars: Vec<Bar> = Vec::new();
     if !is_paced {
         bars.extend(RATIOS.iter().filter_map(|(path, against, fanout, wanted)| {
@@ -57,6 +63,16 @@ pub fn bars(report: &Report, is_paced: bool) -> Vec<Bar> {
             let (many, few) = (find(rows, path, 16, SMALL)?, find(rows, path, 4, SMALL)?);
             ratio(format!("{path}, 1:16 ÷ 1:4"), many, few, FLAT)
         }));
+        bars.extend(["xsk", "kernel"].iter().filter_map(|path| {
+            let (many, one) = (find_of(rows, path, 1, SMALL, [1, MANY_RULES])?, find(rows, path, 1, SMALL)?);
+            ratio(format!("{path}, {MANY_RULES} rules ÷ 1"), many, one, RULES_SHARE)
+        }));
+        let flows = |path| find_of(rows, path, 1, SMALL, [MANY_FLOWS, 1]);
+        bars.extend(
+            flows("coalesce")
+                .zip(flows("xsk"))
+                .and_then(|(row, base)| ratio(format!("coalesce ÷ xsk, {MANY_FLOWS} flows"), row, base, NOT_SLOWER)),
+        );
     }
     bars.extend(LATENCIES.iter().filter_map(|(path, percentile, wanted)| {
         let row = rows.iter().find(|row| row.path == *path)?;
@@ -70,14 +86,21 @@ pub fn bars(report: &Report, is_paced: bool) -> Vec<Bar> {
     if is_paced {
         bars.extend(rows.iter().filter(|row| LOSSLESS.contains(&row.path.as_str())).map(|row| {
             let what = format!("{} after {} relays, packets lost of {}", row.path, row.hops, row.sent_packets);
-            Bar { what, wanted: 0.0, got: row.lost_packets as f64, met: row.lost_packets == 0 }
+            let what = if row.kept_pace() { what } else { format!("{what}, at {:.0}/s instead of the rate asked for", row.offered_pps) };
+            Bar { what, wanted: 0.0, got: row.lost_packets as f64, met: row.lost_packets == 0 && row.kept_pace() && !row.void }
         }));
     }
     bars
 }
 
 fn find<'a>(rows: &'a [Row], path: &str, fanout: u32, payload: u16) -> Option<&'a Row> {
-    rows.iter().find(|row| row.path == path && row.fanout == fanout && row.payload == payload && row.p50_us.is_none())
+    find_of(rows, path, fanout, payload, [1, 1])
+}
+
+/// The row under this load: outputs, payload, flows and rules.
+fn find_of<'a>(rows: &'a [Row], path: &str, fanout: u32, payload: u16, of: [u32; 2]) -> Option<&'a Row> {
+    let is_it = |row: &&Row| row.path == path && row.fanout == fanout && row.payload == payload && [row.flows, row.rules] == of;
+    rows.iter().find(|row| is_it(row) && row.p50_us.is_none())
 }
 
 fn ratio(what: String, row: &Row, against: &Row, wanted: f64) -> Option<Bar> {
@@ -96,7 +119,7 @@ mod tests {
     use super::*;
 
     fn row(path: &str, fanout: u32, payload: u16, delivered_pps: f64) -> Row {
-        Row { path: path.into(), fanout, payload, delivered_pps, hops: 1, ..Row::default() }
+        Row { path: path.into(), fanout, payload, delivered_pps, hops: 1, flows: 1, rules: 1, ..Row::default() }
     }
 
     #[test]
@@ -109,7 +132,9 @@ mod tests {
             row("coalesce", 16, 64, 999.0),
             row("packet", 16, 64, 100.0),
         ];
-        let bars = bars(&Report { rows, ..Report::default() }, false);
+        let flows = |path| Row { flows: 16, ..row(path, 1, 64, if path == "xsk" { 100.0 } else { 94.0 }) };
+        let rows = [rows, vec![flows("xsk"), flows("coalesce"), Row { rules: 10_000, ..row("xsk", 1, 64, 190.0) }]].concat();
+        let bars = bars(&Report { rows, ..Report::default() });
         let met: Vec<_> = bars.iter().map(|bar| (bar.what.as_str(), bar.met)).collect();
         assert_eq!(
             met,
@@ -117,7 +142,9 @@ mod tests {
                 ("xsk ÷ xsk_loop, 1:1", false),
                 ("xsk ÷ packet, 1:1", true),
                 ("coalesce ÷ packet, 1:16", false),
-                ("xsk, 1400 ÷ 64 bytes", true)
+                ("xsk, 1400 ÷ 64 bytes", true),
+                ("xsk, 10000 rules ÷ 1", true),
+                ("coalesce ÷ xsk, 16 flows", false),
             ]
         );
         let said = describe(&bars);
@@ -127,10 +154,13 @@ mod tests {
     #[test]
     fn a_paced_run_is_judged_by_its_losses_and_a_latency_by_its_tail() {
         let lossy = Row { lost_packets: 1, sent_packets: 9, ..row("xsk", 1, 64, 8.0) };
-        let paced = Report { rows: vec![lossy, row("kernel", 1, 64, 9.0), row("packet", 1, 64, 9.0)], ..Report::default() };
-        assert_eq!(bars(&paced, true).iter().map(|bar| bar.met).collect::<Vec<_>>(), [false, true], "and the baseline is not judged");
+        let rows = vec![lossy, row("kernel", 1, 64, 9.0), row("packet", 1, 64, 9.0)];
+        let mut paced = Report { rows, is_paced: true, ..Report::default() };
+        assert_eq!(bars(&paced).iter().map(|bar| bar.met).collect::<Vec<_>>(), [false, true], "and the baseline is not judged");
+        (paced.rows[1].asked_pps, paced.rows[1].offered_pps) = (Some(10.0), 9.0);
+        assert!(!bars(&paced)[1].met, "a source that fell short proves nothing");
         let slow = Row { p50_us: Some(1.4), p99_us: Some(2.6), p999_us: Some(9.0), ..row("xsk", 1, 64, 9.0) };
         let latency = Report { rows: vec![slow], ..Report::default() };
-        assert_eq!(bars(&latency, false).iter().map(|bar| bar.met).collect::<Vec<_>>(), [true, false]);
+        assert_eq!(bars(&latency).iter().map(|bar| bar.met).collect::<Vec<_>>(), [true, false]);
     }
 }

@@ -1,7 +1,6 @@
 //! `relay bench latency`: how long a packet is inside the relay at a steady rate, measured outside of it.
 //!
-//! A sender on the generator's CPU stamps every datagram with CLOCK_REALTIME right before the system call that sends it, at even
-//! distances, never in bursts. The kernel stamps it again (SO_TIMESTAMPNS) when the stack of the receiving interface gets it: `k1`
+//! The generator's program stamps every datagram as it makes it, at even distances, one by one, never in bursts. The kernel stamps it again (SO_TIMESTAMPNS) when the stack of the receiving interface gets it: `k1`
 //! behind the relay, and, for row `wire`, `r0` with no relay at all. Every 2^n-th datagram is kept, in a socket that is read only
 //! after the run. What is reported of a path is each percentile of sender → `k1` minus the median of sender → `r0`: the time from
 //! the arrival at the relay's interface to the arrival at the sink's, its veth pair included. The jitter of sender and wire is not
@@ -9,31 +8,24 @@
 //!
 //! Must never take a stamp inside the relay, and never read a sample while packets flow.
 
-use super::report::{PREEMPTED_PER_SECOND, Report, Row, machine, median, sorted};
+use super::report::{KEPT_PACE, PREEMPTED_PER_SECOND, Report, Row, machine, median, sorted};
 use super::{Place, program};
-use crate::lab::arms::{Arm, GROUP, Running, TTL};
-use crate::lab::clock;
+use crate::lab::arms::{Arm, GROUP, Running};
 use crate::lab::error::{LabError, Result};
-use crate::lab::generator::{SOURCE, received, sink_drops};
-use crate::lab::packet::{Flow, group_mac};
-use crate::lab::payload::{self, Parsed, STAMPED_LEN};
+use crate::lab::generator::{Generator, SEQUENCE_AT, STAMP_AT, received, sink_drops};
+use crate::lab::payload::STAMPED_LEN;
 use crate::lab::progress::Steps;
 use crate::lab::send::parse_duration;
-use crate::lab::socket::{self, RecvBatch, sampler};
+use crate::lab::socket::{RecvBatch, sampler};
 use crate::lab::topology::Lab;
-use crate::nic::afpacket::socket::open_send;
 use hdrhistogram::Histogram;
-use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, send};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 /// Samples of a run at most: what a receive buffer of 64 MiB holds twice.
 const MAX_SAMPLES: u64 = 32_768;
 /// Before and after the packets: time stamping is switched on, queues run empty.
 const SETTLE: Duration = Duration::from_millis(150);
-/// Ethernet, IPv4 and UDP headers, then the payload's magic: where the sequence stands, little-endian.
-const SEQUENCE_AT: u32 = 42 + payload::MAGIC.len() as u32;
 /// A frame of any payload.
 const FRAME: usize = 2_048;
 /// The curve's points.
@@ -87,10 +79,12 @@ pub fn measure(args: &LatencyArgs) -> Result<Report> {
         )));
     }
     let lab = Lab::simple()?;
+    let mut generator = Generator::new(&lab, GROUP, usize::from(args.payload))?;
+    generator.set_stamped(usize::from(args.payload))?;
     let mut report = Report { machine: machine(), ..Report::default() };
     report.ping_pong_ns.push(args.place.ping_pong_ns()?);
     let arms: Vec<Option<Arm>> = std::iter::once(None).chain(args.rows.iter().copied().map(Some)).collect();
-    let runs = rounds(&lab, args, &arms, &mut report.errors);
+    let runs = rounds(&lab, &mut generator, args, &arms, &mut report.errors);
     report.ping_pong_ns.push(args.place.ping_pong_ns()?);
     let wire = row(args, None, &runs, 0.0).ok_or_else(|| LabError::Invalid(report.errors.join("; ")))?;
     let wire_p50 = wire.p50_us.unwrap_or(0.0);
@@ -104,7 +98,7 @@ fn name(arm: Option<Arm>) -> &'static str {
 }
 
 /// Wire, A, B, wire, A, B: a row that fails once is not tried again.
-fn rounds(lab: &Lab, args: &LatencyArgs, arms: &[Option<Arm>], errors: &mut Vec<String>) -> Vec<Run> {
+fn rounds(lab: &Lab, generator: &mut Generator, args: &LatencyArgs, arms: &[Option<Arm>], errors: &mut Vec<String>) -> Vec<Run> {
     let (mut runs, mut broken) = (Vec::new(), Vec::new());
     let mut steps = Steps::new(Some(args.rounds as usize * arms.len()));
     for round in 1..=args.rounds {
@@ -113,7 +107,7 @@ fn rounds(lab: &Lab, args: &LatencyArgs, arms: &[Option<Arm>], errors: &mut Vec<
             if broken.contains(arm) {
                 continue;
             }
-            match run(lab, args, *arm) {
+            match run(lab, generator, args, *arm) {
                 Ok(run) => runs.push(run),
                 Err(error) => {
                     broken.push(*arm);
@@ -125,16 +119,16 @@ fn rounds(lab: &Lab, args: &LatencyArgs, arms: &[Option<Arm>], errors: &mut Vec<
     runs
 }
 
-fn run(lab: &Lab, args: &LatencyArgs, arm: Option<Arm>) -> Result<Run> {
+fn run(lab: &Lab, generator: &mut Generator, args: &LatencyArgs, arm: Option<Arm>) -> Result<Run> {
     let (namespace, iface) = if arm.is_some() { (lab.sink(1), "k1") } else { (&lab.relay, "r0") };
-    let sampler = namespace.run(|| sampler(iface, SEQUENCE_AT, mask(args)))??;
+    let sampler = namespace.run(|| sampler(iface, SEQUENCE_AT + 4, mask(args)))??;
     let file = program(args.place.program.as_ref())?;
     let extra = ["--pipeline", "fused", "--wait", args.place.wait()];
     let running = arm.map(|arm| Running::start(lab, arm, &file, Some(args.place.cpus), &extra)).transpose()?;
     let switches = || running.as_ref().and_then(Running::preemptions).unwrap_or(0);
     std::thread::sleep(SETTLE);
     let (before, drops, preemptions) = (received(namespace, iface)?, sink_drops(lab)?, switches());
-    let sent = lab.src.run(|| send_evenly(args))??;
+    let sent = generator.paced(lab, args.place.generator_cpu, args.rate, args.duration)?;
     std::thread::sleep(SETTLE);
     Ok(Run {
         arm,
@@ -146,46 +140,11 @@ fn run(lab: &Lab, args: &LatencyArgs, arm: Option<Arm>) -> Result<Run> {
     })
 }
 
-/// Keeps every 2^n-th datagram, so that a run's samples fit the buffer: its lower n bits as the filter's big-endian word has them.
+/// Keeps every 2^n-th datagram, so that a run's samples fit the buffer.
 fn mask(args: &LatencyArgs) -> u32 {
     let packets = (args.rate as f64 * args.duration.as_secs_f64()) as u64;
     let every = packets.div_ceil(MAX_SAMPLES).next_power_of_two().min(1 << 31);
-    ((every - 1) as u32).swap_bytes()
-}
-
-/// Sends from `s0`; how many the kernel took. What comes late moves the rest: no bursts.
-fn send_evenly(args: &LatencyArgs) -> Result<u64> {
-    clock::pin_thread(args.place.generator_cpu)?;
-    let socket = open_send(socket::ifindex("s0")?).map_err(|e| LabError::Invalid(e.to_string()))?;
-    let destination_mac = group_mac(GROUP.ip()).ok_or_else(|| LabError::Invalid(format!("{GROUP} is no group")))?;
-    let source = SOURCE.parse().map_err(|_| LabError::Invalid(SOURCE.into()))?;
-    let flow = Flow { source_mac: [2, 0, 0, 0, 0, 1], destination_mac, source, destination: GROUP, ttl: TTL, dscp: 0 };
-    let mut body = vec![0; usize::from(args.payload)];
-    let mut frame = flow.frame(&body);
-    let interval = 1_000_000_000 / args.rate;
-    let begin = clock::monotonic_ns();
-    let end = begin + args.duration.as_nanos() as u64;
-    let (mut next, mut sequence, mut sent) = (begin, 0, 0);
-    loop {
-        let now = clock::monotonic_ns();
-        if now >= end {
-            return Ok(sent);
-        }
-        if now < next {
-            std::hint::spin_loop();
-            continue;
-        }
-        next = if now > next + interval { now } else { next } + interval;
-        payload::write(&mut body, sequence, clock::realtime_ns());
-        flow.write(&mut frame, &body);
-        sequence += 1;
-        match send(socket.as_raw_fd(), &frame, MsgFlags::empty()) {
-            Ok(_) => sent += 1,
-            // The ring behind `s0` was full: the packet was never on the wire.
-            Err(Errno::ENOBUFS | Errno::EAGAIN) => {}
-            Err(errno) => return Err(LabError::io("sending to s0")(errno)),
-        }
-    }
+    (every - 1) as u32
 }
 
 /// What the sampler has kept.
@@ -194,10 +153,9 @@ fn read(sampler: &OwnedFd) -> Result<Histogram<u64>> {
     let mut batch = RecvBatch::new(FRAME, 256);
     while batch.receive(sampler.as_fd()).is_ok() {
         for (frame, meta) in batch.datagrams() {
-            if let (Some(body), Some(arrived)) = (frame.get(42..), meta.stamp_ns)
-                && let Parsed::Numbered { sent_ns: Some(sent), .. } = payload::parse(body)
-            {
-                times.saturating_record(arrived.saturating_sub(sent).max(1));
+            let at = STAMP_AT as usize;
+            if let (Some(stamp), Some(arrived)) = (frame.get(at..at + 8).and_then(|bytes| bytes.try_into().ok()), meta.stamp_ns) {
+                times.saturating_record(arrived.saturating_sub(u64::from_be_bytes(stamp)).max(1));
             }
         }
     }
@@ -225,6 +183,8 @@ fn row(args: &LatencyArgs, arm: Option<Arm>, runs: &[Run], wire_us: f64) -> Opti
         wait: arm.filter(|arm| arm.is_relay()).map_or("", |_| args.place.wait()).into(),
         payload: args.payload,
         fanout: 1,
+        flows: 1,
+        rules: 1,
         hops: u32::from(arm.is_some()),
         offered_pps,
         delivered_pps: median(&delivered)?,
@@ -242,7 +202,8 @@ fn row(args: &LatencyArgs, arm: Option<Arm>, runs: &[Run], wire_us: f64) -> Opti
         preemptions_per_second: switches,
         preempted: switches > PREEMPTED_PER_SECOND,
         sink_drops: runs.iter().map(|run| run.sink_drops).sum(),
-        source_bound: offered_pps < 0.95 * args.rate as f64,
+        asked_pps: Some(args.rate as f64),
+        source_bound: offered_pps < KEPT_PACE * args.rate as f64,
         ..Row::default()
     })
 }
@@ -286,7 +247,7 @@ mod tests {
 
     #[test]
     fn so_many_are_kept_as_the_buffer_holds() {
-        let mask_of = |text: &str| mask(&Cli::parse_from(text.split(' ')).args).swap_bytes();
+        let mask_of = |text: &str| mask(&Cli::parse_from(text.split(' ')).args);
         assert_eq!(mask_of("latency --rate 1000 --duration 1s"), 0, "all of them");
         assert_eq!(mask_of("latency --rate 500000 --duration 2s"), 31, "one in 32");
         assert_eq!(mask_of("latency --rate 500000 --duration 60s"), 1023);

@@ -93,6 +93,12 @@ pub struct Args {
     /// Outputs of the rule, each rewritten differently, all out of one interface; what is delivered is the sum
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub fanout: u16,
+    /// Flows by turns, which differ in their source ports, one or several numbers
+    #[arg(long, default_value = "1", value_delimiter = ',', value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub flows: Vec<u16>,
+    /// Rules, and packets for all of them by turns, one or several numbers
+    #[arg(long, default_value = "1", value_delimiter = ',', value_name = "N", value_parser = clap::value_parser!(u16).range(1..=10_000))]
+    pub rules: Vec<u16>,
     /// How it is loaded.
     #[command(flatten)]
     pub load: Load,
@@ -115,7 +121,13 @@ pub struct FanoutArgs {
 /// `relay bench path`: all rounds of all rows.
 pub fn measure(args: &Args) -> Result<Report> {
     let rows = if args.rows.is_empty() { all_rows(args.fanout > 1) } else { args.rows.clone() };
-    measure_cases(&cases(&rows, &[args.fanout], &args.load.payload), &args.load, args.rate)
+    let load = |case: Case| {
+        args.flows.iter().flat_map(move |flows| args.rules.iter().map(move |rules| Case { flows: *flows, rules: *rules, ..case }))
+    };
+    let mut cases: Vec<Case> = cases(&rows, &[args.fanout], &args.load.payload).into_iter().flat_map(load).collect();
+    // Rows of one load stand, and run, side by side.
+    cases.sort_by_key(|case| (case.payload, case.flows, case.rules));
+    measure_cases(&cases, &args.load, args.rate)
 }
 
 /// What can run here; on stderr, what can't.
@@ -137,14 +149,14 @@ pub fn measure_fanout(args: &FanoutArgs) -> Result<Report> {
 /// Rows that are compared with one another stand, and run, side by side.
 fn cases(arms: &[Arm], fanouts: &[u16], payloads: &[u16]) -> Vec<Case> {
     let loads = payloads.iter().flat_map(|payload| fanouts.iter().map(|fanout| (*payload, *fanout)));
-    loads.flat_map(|(payload, fanout)| arms.iter().map(move |arm| Case { arm: *arm, fanout, payload })).collect()
+    loads.flat_map(|(payload, fanout)| arms.iter().map(move |arm| Case { arm: *arm, fanout, payload, flows: 1, rules: 1 })).collect()
 }
 
 fn measure_cases(cases: &[Case], load: &Load, rate: Option<u64>) -> Result<Report> {
     load.place.check()?;
     let lab = Lab::simple()?;
     let mut generator = Generator::new(&lab, GROUP, 64)?;
-    let mut report = Report { machine: machine(), ..Report::default() };
+    let mut report = Report { machine: machine(), is_paced: rate.is_some(), ..Report::default() };
     report.ping_pong_ns.push(load.place.ping_pong_ns()?);
     let ceilings = ceilings(&lab, &mut generator, load)?;
     report.generator_ceiling_pps = ceilings.first().map_or(0.0, |(_, pps)| *pps);
@@ -154,8 +166,8 @@ fn measure_cases(cases: &[Case], load: &Load, rate: Option<u64>) -> Result<Repor
     };
     report.ping_pong_ns.push(load.place.ping_pong_ns()?);
     let ceiling = |case: &Case| ceilings.iter().find(|(payload, _)| *payload == case.payload).map_or(f64::INFINITY, |(_, pps)| *pps);
-    let limit = |case: &Case| rate.is_none().then(|| ceiling(case));
-    report.rows = cases.iter().filter_map(|case| report::row(case, load.place.wait(), &runs, limit(case))).collect();
+    let load_of = |case: &Case| rate.map_or_else(|| report::Offer::FlatOut(ceiling(case)), report::Offer::Paced);
+    report.rows = cases.iter().filter_map(|case| report::row(case, load.place.wait(), &runs, load_of(case))).collect();
     report::set_ratios(&mut report.rows);
     report.preempted = report.rows.iter().any(|row| row.preempted);
     Ok(report)

@@ -14,10 +14,16 @@ const SLOW_PING_PONG_NS: f64 = 200.0;
 pub(in crate::lab) const CEILING_MARGIN: f64 = 0.9;
 /// At flat out, a relay that delivers this share of the offer was not the bottleneck.
 const KEPT_UP: f64 = 0.98;
+/// At a pace, a source that sent this share of what was asked for has kept it.
+pub(super) const KEPT_PACE: f64 = 0.95;
 /// A run that loses more than this share after the relay is void.
 const SINK_SHARE: f64 = 0.001;
 /// Involuntary switches a second that make a figure doubtful.
 pub(super) const PREEMPTED_PER_SECOND: f64 = 20.0;
+
+const fn one() -> u32 {
+    1
+}
 
 /// `relay bench path|fanout|latency|chain --json`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -26,6 +32,9 @@ pub struct Report {
     pub machine: Machine,
     /// Packets a second that reach an XDP_DROP in the relay's place, at the first payload.
     pub generator_ceiling_pps: f64,
+    /// Its rows ran at a rate that the lossless paths must carry, and not flat out.
+    #[serde(default)]
+    pub is_paced: bool,
     /// Any row was.
     pub preempted: bool,
     /// Round trip of a cache line between the two CPUs, before and after.
@@ -65,8 +74,17 @@ pub struct Row {
     pub payload: u16,
     /// Outputs.
     pub fanout: u32,
+    /// Flows by turns.
+    #[serde(default = "one")]
+    pub flows: u32,
+    /// Rules.
+    #[serde(default = "one")]
+    pub rules: u32,
     /// Relays in a row; of a chain, which of them the row is about.
     pub hops: u32,
+    /// The rate asked for, where there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asked_pps: Option<f64>,
     /// Median of the offered rates.
     pub offered_pps: f64,
     /// Median of the delivered rates, all outputs together.
@@ -112,8 +130,24 @@ pub struct Row {
     pub void: bool,
 }
 
-/// Medians of one row; `None` where no run succeeded. `ceiling`: the generator's, for a flat-out run.
-pub(super) fn row(case: &Case, wait: &str, runs: &[Run], ceiling: Option<f64>) -> Option<Row> {
+impl Row {
+    /// The source kept the pace that was asked for, if one was: what it was slower proves nothing.
+    pub(super) fn kept_pace(&self) -> bool {
+        self.asked_pps.is_none_or(|asked| self.offered_pps >= KEPT_PACE * asked)
+    }
+}
+
+/// What a run was loaded with.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Offer {
+    /// As fast as the generator can, whose ceiling this is.
+    FlatOut(f64),
+    /// At this pace.
+    Paced(u64),
+}
+
+/// Medians of one row; `None` where no run succeeded.
+pub(super) fn row(case: &Case, wait: &str, runs: &[Run], offer: Offer) -> Option<Row> {
     let runs: Vec<&Run> = runs.iter().filter(|run| run.case == *case).collect();
     let delivered = sorted(runs.iter().map(|run| run.window.delivered_pps()));
     let offered = median(&sorted(runs.iter().map(|run| run.window.offered_pps())))?;
@@ -129,7 +163,10 @@ pub(super) fn row(case: &Case, wait: &str, runs: &[Run], ceiling: Option<f64>) -
         wait: if case.arm.is_relay() { wait.into() } else { String::new() },
         payload: case.payload,
         fanout: u32::from(case.fanout),
+        flows: u32::from(case.flows),
+        rules: u32::from(case.rules),
         hops: 1,
+        asked_pps: if let Offer::Paced(rate) = offer { Some(rate as f64) } else { None },
         offered_pps: offered,
         delivered_pps: middle,
         loss,
@@ -140,7 +177,10 @@ pub(super) fn row(case: &Case, wait: &str, runs: &[Run], ceiling: Option<f64>) -
         max: delivered.last().copied()?,
         preemptions_per_second: switches,
         preempted: switches > PREEMPTED_PER_SECOND,
-        source_bound: ceiling.is_some_and(|ceiling| inputs > CEILING_MARGIN * ceiling || inputs > KEPT_UP * offered),
+        source_bound: match offer {
+            Offer::FlatOut(ceiling) => inputs > CEILING_MARGIN * ceiling || inputs > KEPT_UP * offered,
+            Offer::Paced(rate) => offered < KEPT_PACE * rate as f64,
+        },
         sink_drops: runs.iter().map(|run| run.window.sink_drops).sum(),
         void: runs.iter().any(|run| !run.window.covered || run.window.sink_drops as f64 > SINK_SHARE * run.window.delivered as f64),
         ..Row::default()
@@ -161,7 +201,7 @@ pub(super) fn median(sorted: &[f64]) -> Option<f64> {
 
 /// Against the baseline under the same load.
 pub(super) fn set_ratios(rows: &mut [Row]) {
-    let load = |row: &Row| (row.fanout, row.payload);
+    let load = |row: &Row| (row.fanout, row.payload, row.flows, row.rules);
     let baselines: Vec<_> = rows.iter().filter(|row| row.path == Arm::Packet.name()).map(|row| (load(row), row.delivered_pps)).collect();
     for row in rows {
         let baseline = baselines.iter().find(|(of, pps)| *of == load(row) && *pps > 0.0);
@@ -219,6 +259,12 @@ fn columns(rows: &[Row]) -> Vec<Column> {
     if !latency && !chain {
         columns.push(("payload", |row| row.payload.to_string()));
         columns.push(("fan-out", |row| format!("1:{}", row.fanout)));
+        if rows.iter().any(|row| row.flows > 1) {
+            columns.push(("flows", |row| row.flows.to_string()));
+        }
+        if rows.iter().any(|row| row.rules > 1) {
+            columns.push(("rules", |row| row.rules.to_string()));
+        }
     }
     columns.push(("delivered pps", |row| format!("{:.0}", row.delivered_pps)));
     if !latency && !chain {
@@ -272,7 +318,7 @@ mod tests {
     use crate::lab::generator::Window;
 
     const fn case(arm: Arm, fanout: u16) -> Case {
-        Case { arm, fanout, payload: 64 }
+        Case { arm, fanout, payload: 64, flows: 1, rules: 1 }
     }
 
     fn run(case: Case, offered: u64, delivered: u64) -> Run {
@@ -280,7 +326,7 @@ mod tests {
     }
 
     fn rows(cases: &[Case], runs: &[Run]) -> Vec<Row> {
-        let mut rows: Vec<Row> = cases.iter().filter_map(|case| row(case, "spin", runs, Some(5_000.0))).collect();
+        let mut rows: Vec<Row> = cases.iter().filter_map(|case| row(case, "spin", runs, Offer::FlatOut(5_000.0))).collect();
         set_ratios(&mut rows);
         rows
     }
@@ -332,6 +378,14 @@ mod tests {
         for part in ["1:16", "1400", "fan-out", "3.00", "ping-pong 70/300 ns (slow state"] {
             assert!(text.contains(part), "{part}: {text}");
         }
+    }
+
+    #[test]
+    fn a_source_that_fell_short_of_its_pace_is_said() {
+        let case = case(Arm::Xsk, 1);
+        let at = |sent| row(&case, "spin", &[run(case, sent, sent)], Offer::Paced(1_000)).unwrap();
+        assert!(!at(960).source_bound && at(960).kept_pace());
+        assert!(at(940).source_bound && !at(940).kept_pace());
     }
 
     #[test]

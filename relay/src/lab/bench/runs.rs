@@ -8,6 +8,7 @@ use crate::lab::error::Result;
 use crate::lab::generator::{Generator, Sink, Window, sink_drops};
 use crate::lab::progress::Steps;
 use crate::lab::topology::Lab;
+use relay_common::lab::{VARY_GROUP, VARY_SOURCE_PORT};
 use std::time::Duration;
 
 /// After the last packet of a paced run: what is still in rings and queues arrives.
@@ -22,12 +23,23 @@ pub(super) struct Case {
     pub(super) fanout: u16,
     /// Bytes of payload.
     pub(super) payload: u16,
+    /// Flows by turns, all of them the one rule's.
+    pub(super) flows: u16,
+    /// Rules, and packets for all of them by turns.
+    pub(super) rules: u16,
 }
 
 impl Case {
     /// In messages.
     pub(super) fn name(&self) -> String {
-        format!("{} 1:{}, {} bytes", self.arm.name(), self.fanout, self.payload)
+        let of = |count: u16, what: &str| if count > 1 { format!(", {count} {what}") } else { String::new() };
+        let (flows, rules) = (of(self.flows, "flows"), of(self.rules, "rules"));
+        format!("{} 1:{}, {} bytes{flows}{rules}", self.arm.name(), self.fanout, self.payload)
+    }
+
+    fn load(&self, generator: &mut Generator) -> Result<()> {
+        let (flows, vary) = if self.rules > 1 { (self.rules, VARY_GROUP) } else { (self.flows, VARY_SOURCE_PORT) };
+        generator.set_flows(usize::from(self.payload), flows.into(), vary)
     }
 }
 
@@ -66,7 +78,7 @@ pub(super) fn flat_out(lab: &Lab, generator: &mut Generator, cases: &[Case], loa
 }
 
 fn flat_out_once(lab: &Lab, generator: &mut Generator, case: &Case, load: &Load) -> Result<Run> {
-    generator.set_payload(usize::from(case.payload))?;
+    prepare(generator, case)?;
     let sink = sink(lab, case)?;
     let running = start(lab, case, load)?;
     let before = running.preemptions().unwrap_or(0);
@@ -89,7 +101,7 @@ pub(super) fn paced(lab: &Lab, generator: &mut Generator, cases: &[Case], load: 
 }
 
 fn paced_once(lab: &Lab, generator: &mut Generator, case: &Case, load: &Load, rate: u64) -> Result<Run> {
-    generator.set_payload(usize::from(case.payload))?;
+    prepare(generator, case)?;
     let sink = sink(lab, case)?;
     let running = start(lab, case, load)?;
     let (switches, before) = (running.preemptions().unwrap_or(0), sink.count()?);
@@ -111,8 +123,14 @@ fn sink<'a>(lab: &'a Lab, case: &Case) -> Result<Sink<'a>> {
     if case.arm.sends_frames() { Sink::at_link(lab, 1) } else { Sink::of_stack(lab, 1, usize::from(case.payload)) }
 }
 
+/// What is sent, and how.
+fn prepare(generator: &mut Generator, case: &Case) -> Result<()> {
+    generator.set_fanout(if case.arm.sends_frames() { case.fanout } else { 1 });
+    case.load(generator)
+}
+
 fn start(lab: &Lab, case: &Case, load: &Load) -> Result<Running> {
     let program = super::program(load.place.program.as_ref())?;
     let extra = ["--pipeline", "fused", "--wait", load.place.wait()];
-    Running::start_fanout(lab, case.arm, case.fanout, &program, Some(load.place.cpus), &extra)
+    Running::start_many(lab, case.arm, (case.fanout, case.rules), &program, Some(load.place.cpus), &extra)
 }
