@@ -7,7 +7,8 @@ use nix::unistd::Pid;
 use pcap_file::pcapng::blocks::enhanced_packet::EnhancedPacketOption;
 use pcap_file::pcapng::blocks::interface_description::InterfaceDescriptionOption;
 use pcap_file::pcapng::{Block, PcapNgReader};
-use relay_tests::paths::{Path, XSK_FUSED, turn};
+use relay::lab::recv::Verdict;
+use relay_tests::paths::{Outside, Path, Waits, XSK_FUSED, only_lost, turn};
 use relay_tests::process::wait_replaced;
 use relay_tests::raw::Capture;
 use relay_tests::{Lab, Listener, RelayProcess, needs_root, relay_bin, rule_stats, send, send_args};
@@ -305,6 +306,57 @@ fn a_capture_outlives_the_worker_and_leaves_nothing() {
     await_sent(&relay, "a", 0, 300);
     assert_eq!(taps(), 1, "what was handed out is closed here");
     assert_eq!(relay.status().unwrap()["workers"][0]["restarts"], 1);
+}
+
+fn path_of(relay: &RelayProcess, id: &str) -> String {
+    let rules = relay.rules().unwrap();
+    let rule = rules.as_array().unwrap().iter().find(|rule| rule["id"] == id).unwrap().clone();
+    rule["path"].as_str().unwrap().to_owned()
+}
+
+/// A worker carries a rule of the kernel path while it is captured, and the program does again afterwards; no packet is lost or
+/// doubled on the way there and back. A rule that insists on the path stays there.
+#[test]
+fn a_worker_carries_what_is_to_be_seen() {
+    needs_root!();
+    let _turn = turn();
+    let lab = Lab::simple().unwrap();
+    let rules = ["r0 239.1.1.1:5000 -> r1 239.9.9.9:6000; id=k", "r0 239.1.1.2:5000 -> r1 239.9.9.8:6000; id=insists path=kernel"];
+    let args: Vec<&str> = rules.iter().flat_map(|rule| ["--rule", *rule]).collect();
+    let relay = relay_tests::start_relay(&lab, &args).unwrap();
+    assert_eq!(path_of(&relay, "k"), "kernel");
+    for (args, hint) in [(&["--rule", "k"][..], "--by-worker"), (&["--rule", "insists", "--by-worker"], "path=xsk")] {
+        let (output, exists) = refused(&relay, args);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(2) && !exists && text.contains("kernel path") && text.contains(hint), "{args:?}: {text}");
+    }
+    const COUNT: u64 = 1500;
+    for attempt in 0.. {
+        let (waits, outside) = (Waits::of(&relay).unwrap(), Outside::of(&lab, &relay, "k").unwrap());
+        let listener = Listener::on(lab.sink(1), "k1", "239.9.9.9:6000", Some(COUNT)).unwrap();
+        let seen = std::thread::scope(|scope| {
+            let sending = scope.spawn(|| send(&lab, &send_args("s0", "239.1.1.1:5000", 1_000, COUNT).unwrap()).unwrap());
+            std::thread::sleep(Duration::from_millis(300));
+            let seen = Capturing::start(&relay, &["--rule", "k", "--by-worker", "--at", "egress", "--count", "100"]).wait().1;
+            sending.join().unwrap();
+            seen
+        });
+        assert!(seen.len() == 100 && seen.iter().all(|packet| packet.dst() == "239.9.9.9:6000"), "{seen:?}");
+        let report = listener.wait().unwrap();
+        let begin = Instant::now();
+        while path_of(&relay, "k") != "kernel" {
+            assert!(begin.elapsed() < Duration::from_secs(10), "{}", relay.rules().unwrap());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let is_spoiled = report.verdict == Verdict::Void || only_lost(&report, outside.lost(&relay).unwrap());
+        if report.lost > 0 && (is_spoiled || waits.starved(&relay).unwrap().is_some()) && attempt < 4 {
+            eprintln!("once more: {} lost", report.lost);
+            continue;
+        }
+        assert_eq!((report.lost, report.duplicated, report.corrupted), (0, 0, 0), "{report:?}");
+        break;
+    }
+    assert_eq!(path_of(&relay, "insists"), "kernel");
 }
 
 #[test]

@@ -29,6 +29,10 @@ const ASK_AGAIN: Duration = Duration::from_millis(100);
 const NAP: u8 = 2;
 /// Records taken from one ring before the next one's turn.
 const TURN: usize = 4096;
+/// How long rules may take to come to a worker.
+const MOVE: Duration = Duration::from_secs(3);
+/// Between two looks at them.
+const LOOK: Duration = Duration::from_millis(20);
 /// Turns after the end, at most (a ring holds fewer records than this).
 const LAST_ROUNDS: usize = 16;
 
@@ -43,6 +47,9 @@ pub(super) struct CaptureArgs {
     /// Where to look, separated by commas: as packets come, as they leave, where they are dropped (all three if not said)
     #[arg(long, value_name = "ingress|egress|drop", value_delimiter = ',', value_parser = point)]
     at: Vec<Point>,
+    /// Let a worker carry rules of the kernel path while they are captured, where their path is `auto`
+    #[arg(long)]
+    by_worker: bool,
     /// Stop after so many packets in the file
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     count: Option<u64>,
@@ -176,6 +183,10 @@ struct Link {
     asked_at: Instant,
     unseen: Vec<String>,
     unseen_count: u64,
+    /// Rules are on their way to a worker.
+    moving: bool,
+    /// What is not seen is not said before they are there.
+    patient: bool,
 }
 
 impl Link {
@@ -183,14 +194,16 @@ impl Link {
     fn open(args: &CaptureArgs, points: &[Point], socket: &Path) -> Result<(Self, Vec<Ring>), Failure> {
         let mut client = Client::connect(socket)?;
         let (rule, points, snaplen) = (args.rule.clone(), points.to_vec(), args.snaplen);
-        let (answer, rings) = match client.request_with(&Request::Capture { lease: None, rule, points, snaplen, epoch: None })? {
+        let request = Request::Capture { lease: None, rule, points, snaplen, epoch: None, by_worker: args.by_worker };
+        let (answer, rings) = match client.request_with(&request)? {
             (Response::Capture(answer), rings) => (*answer, rings),
             (Response::Error(body), _) => return Err(body.into()),
             (other, _) => return Err(unexpected(&other)),
         };
         let rings = open_rings(&answer.workers, rings)?;
         let (lease, asked_at) = (answer.lease, Instant::now());
-        let mut link = Self { client, lease, snaplen, names: Names::default(), asked_at, unseen: Vec::new(), unseen_count: 0 };
+        let (names, patient) = (Names::default(), args.by_worker);
+        let mut link = Self { client, lease, snaplen, names, asked_at, unseen: Vec::new(), unseen_count: 0, moving: patient, patient };
         link.learn(answer);
         Ok((link, rings))
     }
@@ -199,13 +212,27 @@ impl Link {
     fn renew(&mut self) -> Result<(), End> {
         self.asked_at = Instant::now();
         let (lease, snaplen, epoch) = (Some(self.lease), self.snaplen, self.names.epoch);
-        let request = Request::Capture { lease, rule: None, points: Vec::new(), snaplen, epoch };
+        let request = Request::Capture { lease, rule: None, points: Vec::new(), snaplen, epoch, by_worker: false };
         match self.client.request(&request).map_err(|error| End::Daemon(error.into()))? {
             Response::Capture(answer) => self.learn(*answer),
             Response::Error(body) => return Err(End::Daemon(body.into())),
             other => return Err(End::Daemon(unexpected(&other))),
         }
         Ok(())
+    }
+
+    /// Waits until a worker carries what is to be carried by one. What takes too long is named as unseen.
+    fn await_moves(&mut self) -> Result<(), End> {
+        if !self.patient {
+            return Ok(());
+        }
+        let limit = Instant::now() + MOVE;
+        while self.moving && Instant::now() < limit {
+            std::thread::sleep(LOOK);
+            self.renew()?;
+        }
+        self.patient = false;
+        self.renew()
     }
 
     /// No more is wanted. A daemon that is gone wants nothing either.
@@ -220,12 +247,17 @@ impl Link {
             self.names.epoch = Some(answer.epoch);
             self.names.rules.extend(rules.into_iter().map(|rule| ((rule.slot, rule.serial), rule)));
         }
-        self.unseen_count = answer.unseen_count;
+        (self.unseen_count, self.moving) = (answer.unseen_count, answer.moving);
+        if self.patient {
+            return;
+        }
         if answer.unseen != self.unseen && !answer.unseen.is_empty() {
             let more = answer.unseen_count.saturating_sub(answer.unseen.len() as u64);
             let more = if more > 0 { format!(" and {more} more") } else { String::new() };
             let names = answer.unseen.join(", ");
-            say(&format!("not seen, because on the kernel path: {names}{more}; path=xsk or path=packet in a rule shows its packets"));
+            say(&format!(
+                "not seen, because on the kernel path: {names}{more}; --by-worker, or path=xsk or path=packet in a rule, shows its packets"
+            ));
         }
         self.unseen = answer.unseen;
     }
@@ -278,6 +310,7 @@ impl<'a> Session<'a> {
         self.interfaces(file)?;
         file.flush()?;
         self.link.renew()?;
+        self.link.await_moves()?;
         say(&format!("capturing {}; ^C ends it", self.title()));
         let until = self.args.duration.map(|duration| Instant::now() + duration);
         let mut nap = 0;

@@ -60,6 +60,9 @@ pub enum Request {
         snaplen: u32,
         /// The epoch of the names that the client has.
         epoch: Option<u64>,
+        /// Meanwhile a worker carries the rules that would be on the kernel path, where the path is the relay's own choice.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        by_worker: bool,
     },
     /// Ends a capture before its lease runs out.
     CaptureEnd {
@@ -338,6 +341,9 @@ pub struct Capture {
     pub unseen: Vec<String>,
     /// How many of them there are.
     pub unseen_count: u64,
+    /// Some of them are on their way to a worker.
+    #[serde(default)]
+    pub moving: bool,
 }
 
 /// An interface as records name it, by its place in the list.

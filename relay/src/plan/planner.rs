@@ -71,6 +71,8 @@ pub struct Facts {
     pub ingress: Option<IngressFacts>,
     /// One for each output.
     pub egress: Vec<EgressFacts>,
+    /// A capture asks for a worker to carry it.
+    pub is_captured: bool,
 }
 
 /// What carries a rule.
@@ -115,7 +117,7 @@ pub struct Decision {
 pub fn choose(rule: &Rule, facts: &Facts) -> Decision {
     match facts.wish {
         Wish::Kernel => insisted(rule, facts),
-        Wish::Auto => match obstacle(rule, facts) {
+        Wish::Auto => match obstacle(rule, facts).or_else(|| by_capture(facts)) {
             None => in_kernel("nothing it asks for needs a process".into()),
             Some(why) => by_worker(facts, &format!("not in the kernel, since {why}; ")),
         },
@@ -178,6 +180,10 @@ fn by_ingress(rule: &Rule, facts: &Facts) -> Option<String> {
     (own > MAX_OWN).then(|| format!("{name} has {own} addresses of its own, and the program compares a source with {MAX_OWN}"))
 }
 
+fn by_capture(facts: &Facts) -> Option<String> {
+    facts.is_captured.then(|| "a capture wants a worker to carry it (--by-worker)".into())
+}
+
 fn by_egress(egress: &EgressFacts) -> Option<String> {
     let name = &egress.name;
     if !egress.present {
@@ -202,7 +208,7 @@ mod tests {
     fn facts(wish: Wish) -> Facts {
         let ingress = IngressFacts { drive: Drive::Native, mtu: 1500, own4: 1, own6: 2, reason: "native XDP attached".into() };
         let egress = EgressFacts { name: "b".into(), kind: "veth".into(), takes_redirected: Some(true), present: true };
-        Facts { wish, no_kernel: None, ingress: Some(ingress), egress: vec![egress] }
+        Facts { wish, no_kernel: None, ingress: Some(ingress), egress: vec![egress], is_captured: false }
     }
 
     fn rule(line: &str) -> Rule {
@@ -259,6 +265,15 @@ mod tests {
             assert_eq!(choose(&rule(PLAIN), &facts).unmet, None);
             assert_eq!(choose(&rule(PLAIN), &facts).path, Path::Kernel);
         }
+    }
+
+    #[test]
+    fn a_capture_moves_what_may_be_moved() {
+        let captured = |wish| choose(&rule(PLAIN), &Facts { is_captured: true, ..facts(wish) });
+        let auto = captured(Wish::Auto);
+        assert!(auto.path == Path::Xsk && auto.reason.contains("a capture wants a worker"), "{auto:?}");
+        let insisted = captured(Wish::Kernel);
+        assert_eq!((insisted.path, insisted.unmet), (Path::Kernel, None), "who insists on the path keeps it");
     }
 
     #[test]

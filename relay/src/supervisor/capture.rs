@@ -1,8 +1,9 @@
 //! `relay capture`, the supervisor's part: who captures, what workers are told, which names their records go by.
 //!
 //! A client gets the tap rings by descriptor, read-only, and reads them itself: no packet comes through this process. It
-//! holds a lease and renews it; one that dies costs the workers three seconds of copying. Must never keep a tap wanted that
-//! nobody holds a lease for.
+//! holds a lease and renews it; one that dies costs the workers three seconds of copying. A capture may ask for rules of the kernel
+//! path to be carried by a worker: the planner is told so for as long as the lease lasts. Must never keep a tap wanted, or a rule
+//! from its path, that nobody holds a lease for.
 
 use super::engine::Supervisor;
 use super::error::RunError;
@@ -13,7 +14,7 @@ use crate::plan::tap::{Point, Wanted};
 use crate::rule::{Output, Rule};
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Instant;
 
@@ -29,6 +30,8 @@ pub(super) struct Wish {
     pub(super) points: Vec<Point>,
     /// Bytes of each packet.
     pub(super) snaplen: u32,
+    /// A worker is to carry what the kernel path would.
+    pub(super) by_worker: bool,
 }
 
 #[derive(Debug)]
@@ -45,6 +48,8 @@ pub(super) struct Captures {
     leases: BTreeMap<u64, Lease>,
     last: u64,
     word: u64,
+    /// Rules that the planner knows to be borrowed (none: all of them).
+    borrowed: BTreeSet<Option<String>>,
 }
 
 impl Captures {
@@ -72,6 +77,21 @@ impl Captures {
         };
         self.leases.values().filter(|lease| lease.is_armed).fold(Wanted::default(), |all, lease| all.or(wish(&lease.wish)))
     }
+
+    fn borrowing(&self) -> impl Iterator<Item = &Option<String>> {
+        self.leases.values().filter(|lease| lease.wish.by_worker).map(|lease| &lease.wish.rule)
+    }
+
+    /// Whether a worker is to carry this rule, for a capture to see it.
+    pub(super) fn borrows(&self, id: &str) -> bool {
+        self.borrowing().any(|rule| rule.as_ref().is_none_or(|rule| rule == id))
+    }
+
+    /// Whether that has changed since the last call.
+    fn news(&mut self) -> bool {
+        let now = self.borrowing().cloned().collect();
+        std::mem::replace(&mut self.borrowed, now) != self.borrowed
+    }
 }
 
 /// Another description of a tap ring that cannot be written through.
@@ -95,23 +115,26 @@ impl Supervisor {
 
     /// Refuses what would show nothing, whatever comes.
     fn check_capture(&self, wish: &Wish) -> Result<(), RunError> {
-        let hint = "let a worker carry it while you look: path=xsk or path=packet in the rule, and no --backend kernel";
+        let insists = "let a worker carry it while you look: path=xsk or path=packet in the rule, and no --backend kernel";
         if self.fleet.slots.is_empty() {
-            return Err(RunError::bad("--backend", "the relay runs without workers: the XDP program sends every packet, unseen", hint));
+            return Err(RunError::bad("--backend", "the relay runs without workers: the XDP program sends every packet, unseen", insists));
         }
         let Some(id) = &wish.rule else { return Ok(()) };
-        if self.book.set.get(id).is_none() {
+        let Some(rule) = self.book.set.get(id) else {
             return Err(RunError::bad("--rule", format!("no rule {id}"), "`relay rule list` names them"));
-        }
-        if self.is_unseen(id) {
+        };
+        if self.is_unseen(id) && !(wish.by_worker && self.is_free(rule)) {
             let message = format!("rule {id} is on the kernel path: the XDP program sends its packets, and no worker sees them");
+            let hint = if self.is_free(rule) { "--by-worker lets a worker carry it while you look" } else { insists };
             return Err(RunError::bad("--rule", message, hint));
         }
         Ok(())
     }
 
+    /// By the planner's word, or still, until its word is in force.
     fn is_unseen(&self, id: &str) -> bool {
-        self.decisions.get(id).is_some_and(|decision| decision.path == Path::Kernel)
+        let is_decided = self.decisions.get(id).is_some_and(|decision| decision.path == Path::Kernel);
+        is_decided || self.book.slots(id).is_some_and(|slots| self.kernel_path.carries(slots.slot))
     }
 
     /// Goes on with a capture; from the first time on, packets are shown.
@@ -137,6 +160,9 @@ impl Supervisor {
             self.captures.word = word;
             self.segment.want(word);
         }
+        if self.captures.news() {
+            self.replan_at = Some(now);
+        }
     }
 
     fn capture(&self, lease: u64, wish: &Wish, epoch: Option<u64>) -> Capture {
@@ -151,6 +177,7 @@ impl Supervisor {
             rules: (epoch != Some(now)).then(|| rules().filter_map(|rule| self.capture_rule(rule)).collect()),
             unseen: unseen.iter().take(UNSEEN_NAMED).map(|rule| rule.id.clone()).collect(),
             unseen_count: unseen.len() as u64,
+            moving: wish.by_worker && unseen.iter().any(|rule| self.is_free(rule)),
         }
     }
 
@@ -176,7 +203,7 @@ mod tests {
     use std::time::Duration;
 
     fn wish(rule: Option<&str>) -> Wish {
-        Wish { rule: rule.map(str::to_owned), points: vec![Point::Drop], snaplen: 96 }
+        Wish { rule: rule.map(str::to_owned), points: vec![Point::Drop], snaplen: 96, by_worker: false }
     }
 
     #[test]
@@ -195,6 +222,21 @@ mod tests {
         assert_eq!(captures.renew(one, start + CAPTURE_LEASE), None, "ran out");
         assert!(captures.wanted(start + CAPTURE_LEASE * 2, slot).is_nothing());
         assert_eq!(captures.renew(two, start + CAPTURE_LEASE + Duration::from_secs(9)), None);
+    }
+
+    #[test]
+    fn a_rule_is_borrowed_as_long_as_the_lease_lasts() {
+        let (mut captures, start) = (Captures::default(), Instant::now());
+        captures.open(wish(Some("a")), start);
+        assert!(!captures.news() && !captures.borrows("a"));
+        captures.open(Wish { by_worker: true, ..wish(Some("b")) }, start);
+        assert!(captures.news() && captures.borrows("b") && !captures.borrows("a") && !captures.news());
+        captures.open(Wish { by_worker: true, ..wish(None) }, start + CAPTURE_LEASE);
+        assert!(captures.news() && captures.borrows("a"));
+        captures.wanted(start + CAPTURE_LEASE, |_| None);
+        assert!(captures.news() && captures.borrows("b"), "by the other one");
+        captures.wanted(start + CAPTURE_LEASE * 2, |_| None);
+        assert!(captures.news() && !captures.borrows("b"));
     }
 
     #[test]

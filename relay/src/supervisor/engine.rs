@@ -364,8 +364,8 @@ impl Supervisor {
             Request::Stats => Ok(Some(Response::Stats(Box::new(self.stats())))),
             Request::Channels => Ok(Some(Response::Channels(Box::new(self.channels())))),
             Request::RuleList => Ok(Some(Response::Rules(self.rule_list()))),
-            Request::Capture { lease: None, rule, points, snaplen, .. } => {
-                let (answer, rings) = self.open_capture(Wish { rule, points, snaplen })?;
+            Request::Capture { lease: None, rule, points, snaplen, by_worker, .. } => {
+                let (answer, rings) = self.open_capture(Wish { rule, points, snaplen, by_worker })?;
                 self.server.reply_with(client, &Response::Capture(Box::new(answer)), rings);
                 Ok(None)
             }

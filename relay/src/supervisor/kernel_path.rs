@@ -327,6 +327,11 @@ impl KernelPath {
         }
     }
 
+    /// Whether the program sends the packets of a rule slot.
+    pub fn carries(&self, slot: u32) -> bool {
+        self.current.contains_key(&slot)
+    }
+
     /// Whether a rule slot's counters are this rule's.
     pub fn counts(&self, slot: u32, serial: u32) -> bool {
         self.counted.rules.get(&slot) == Some(&serial)

@@ -61,7 +61,12 @@ impl Supervisor {
                 present: interface.is_some(),
             }
         });
-        Facts { wish, no_kernel, ingress: self.ingress_facts(rule), egress: egress.collect() }
+        Facts { wish, no_kernel, ingress: self.ingress_facts(rule), egress: egress.collect(), is_captured: self.captures.borrows(&rule.id) }
+    }
+
+    /// Whether the path of a rule is the relay's own choice.
+    pub(super) fn is_free(&self, rule: &Rule) -> bool {
+        (rule.path, self.options.backend) == (PathChoice::Auto, BackendChoice::Auto)
     }
 
     fn ingress_facts(&self, rule: &Rule) -> Option<IngressFacts> {
