@@ -7,7 +7,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up its world has failed")]
 
 use relay::lab::generator::{Generator, received};
-use relay_tests::paths::{Outside, Path, long, moved};
+use relay_tests::paths::{Moved, Outside, Path, long, moved};
 use relay_tests::process::kib;
 use relay_tests::stream::Stream;
 use relay_tests::{Lab, RelayProcess, assert_frames_conserved, assert_rules_conserved, on_every_path};
@@ -72,44 +72,60 @@ fn watch(lab: &Lab, relay: &RelayProcess, before: &Value, load: impl FnOnce() ->
     })
 }
 
-/// Counters once nothing moves any more.
-fn settled(relay: &RelayProcess) -> Value {
-    let begin = Instant::now();
-    loop {
-        let stats = relay.stats().unwrap();
-        std::thread::sleep(Duration::from_millis(250));
-        let later = relay.stats().unwrap();
-        if stats["rules"] == later["rules"] && stats["interfaces"] == later["interfaces"] {
-            return later;
-        }
-        assert!(begin.elapsed() < Duration::from_secs(10), "{later}");
+/// What became of the packets offered since some moment.
+#[derive(Debug)]
+struct Account {
+    /// Lost between the sender and the relay's interface.
+    outside: u64,
+    taken: u64,
+    dropped: u64,
+    counted: Moved,
+    arrived: u64,
+}
+
+impl Account {
+    /// Everything offered was lost before the relay, or dropped by name, or has arrived.
+    fn closes(&self, offered: u64) -> bool {
+        let Self { outside, taken, dropped, counted, arrived } = self;
+        offered == taken + outside
+            && *taken == counted.rx + dropped + counted.drops.values().sum::<u64>()
+            && (counted.tx[0]..=counted.tx[0] + STRAY).contains(arrived)
+    }
+
+    fn lost(&self) -> u64 {
+        self.dropped + self.counted.output_drops[0].values().sum::<u64>()
     }
 }
 
-/// One overload: everything offered was lost before the relay, or dropped by name, or has arrived. Packets delivered a second.
+/// One overload, and its account once everything has arrived. Packets delivered a second.
 fn overload(path: &Path, lab: &Lab, relay: &RelayProcess, load: impl FnOnce() -> u64 + Send) -> f64 {
-    let (before, outside) = (settled(relay), Outside::of(lab, relay, "stream").unwrap());
-    let (arrived, begin) = (received(lab.sink(1), "k1").unwrap(), Instant::now());
+    let (before, outside) = (relay.stats().unwrap(), Outside::of(lab, relay, "stream").unwrap());
+    let (own, (taken, dropped)) = (received(lab.sink(1), "k1").unwrap(), ingress(&before));
+    let begin = Instant::now();
     let (offered, [early, late]) = watch(lab, relay, &before, load);
-    let seconds = begin.elapsed().as_secs_f64();
-    let after = settled(relay);
-    let arrived = received(lab.sink(1), "k1").unwrap() - arrived;
-    let counted = moved(&before, &after, "stream").unwrap();
-    let ((taken, dropped), (taken_before, dropped_before)) = (ingress(&after), ingress(&before));
-    let (taken, dropped) = (taken - taken_before, dropped - dropped_before);
-    println!("{}: offered {offered}, taken {taken}, dropped {dropped}, arrived {arrived}; {counted:?}", path.name);
-    let outside = outside.lost(relay).unwrap() - counted.output_drops[0].get("send_failed").copied().unwrap_or(0);
-    assert_eq!(offered, taken + outside, "lost before the relay: {outside}: {after}");
-    assert_eq!(taken, counted.rx + counted.drops.values().sum::<u64>() + dropped, "{after}");
-    assert!((counted.tx[0]..=counted.tx[0] + STRAY).contains(&arrived), "{arrived} arrived: {after}");
-    assert_rules_conserved(&after);
-    assert_frames_conserved(&after);
-    let lost = dropped + counted.output_drops[0].values().sum::<u64>();
-    if lost == 0 {
+    let (seconds, end) = (begin.elapsed().as_secs_f64(), Instant::now());
+    let account = || {
+        let after = relay.stats().unwrap();
+        let (counted, (taken_now, dropped_now)) = (moved(&before, &after, "stream").unwrap(), ingress(&after));
+        let failed = counted.output_drops[0].get("send_failed").copied().unwrap_or(0);
+        let outside = outside.lost(relay).unwrap().saturating_sub(failed);
+        let arrived = received(lab.sink(1), "k1").unwrap() - own;
+        Account { outside, taken: taken_now - taken, dropped: dropped_now - dropped, counted, arrived }
+    };
+    let mut last = account();
+    while !last.closes(offered) {
+        assert!(end.elapsed() < Duration::from_secs(10), "{offered} offered: {last:?}; {}", relay.stats().unwrap());
+        std::thread::sleep(Duration::from_millis(50));
+        last = account();
+    }
+    println!("{}: offered {offered}, {last:?}", path.name);
+    assert_rules_conserved(&relay.stats().unwrap());
+    assert_frames_conserved(&relay.stats().unwrap());
+    if last.lost() == 0 {
         println!("{}: no overload: it keeps pace with the generator here", path.name);
     }
     assert!(late <= early + GROWTH, "memory grew from {early} to {late} KiB");
-    arrived as f64 / seconds
+    last.arrived as f64 / seconds
 }
 
 fn an_overload_is_accounted_for_and_leaves_nothing_behind(path: &Path) {
