@@ -4,6 +4,7 @@
 
 mod bench;
 mod ebpf;
+mod instructions;
 mod judges;
 mod packages;
 mod relay;
@@ -27,6 +28,8 @@ enum Command {
     Test(test::Args),
     /// Build for release, and run every `relay bench` of packets into target/bench
     Bench(bench::Args),
+    /// Count the instructions of the packet's way in user space, and hold them against the committed list
+    Instructions(instructions::Args),
     /// Check what compilers don't: who imports whom, where unsafe code stands, how long files are
     Tidy,
     /// Count the lines and the unsafe blocks of every room
@@ -51,6 +54,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Demo(args) => relay::demo(&args),
         Command::Test(args) => test::run(&args),
         Command::Bench(args) => bench::bench(&args),
+        Command::Instructions(args) => instructions::run(&args),
         Command::Tidy => tidy::run(),
         Command::Stats => stats::run(),
         Command::Requirements(args) => requirements::run(&args),

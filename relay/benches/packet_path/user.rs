@@ -18,28 +18,59 @@ const IFINDEX: u32 = 7;
 /// Bytes before a packet in its frame.
 const HEADROOM: usize = 256;
 
+/// One step of a packet's way, and how many packets it is done to at once.
+struct Step<'a> {
+    name: String,
+    packets: u32,
+    call: Box<dyn FnMut() + 'a>,
+}
+
+impl<'a> Step<'a> {
+    fn new(name: impl Into<String>, packets: u32, call: impl FnMut() + 'a) -> Self {
+        Self { name: name.into(), packets, call: Box::new(call) }
+    }
+}
+
+/// All of them.
+fn steps<'a>() -> Result<Vec<Step<'a>>> {
+    let packet = frame(group(0), 64)?;
+    let mut steps = vec![Step::new("parse", 1, parse_once(packet.clone())?)];
+    for rules in [1, 100, 10_000] {
+        steps.push(Step::new(format!("match, {rules} rules"), 1, match_once(rules)?));
+    }
+    for payload in [64, 1400] {
+        steps.push(Step::new(format!("verify checksums, payload {payload}"), 1, inspect_once(frame(group(0), payload)?)?));
+    }
+    steps.push(Step::new("rewrite, MACs and TTL", 1, rewrite_once(packet.clone(), Rewrite::Link, 1)?));
+    for outputs in [1, 4, 16] {
+        let name = format!("rewrite in full and copy, {outputs} outputs");
+        steps.push(Step::new(name, outputs, rewrite_once(packet.clone(), Rewrite::Full, outputs)?));
+    }
+    Ok(steps)
+}
+
 /// The rows, on a core of their own.
 pub(super) fn rows<'a>(repeat: u32) -> Result<Vec<Row<'a>>> {
     let place = Place::choose(false, false)?;
     place.enter(place.receiver)?;
-    let packet = frame(group(0), 64)?;
-    let mut rows: Vec<Row<'a>> = vec![("parse".into(), timed(repeat, parse_once(packet.clone())?))];
-    for rules in [1, 100, 10_000] {
-        rows.push((format!("match, {rules} rules"), timed(repeat, match_once(rules)?)));
+    Ok(steps()?.into_iter().map(|Step { name, packets, call }| (name, timed(repeat / packets, call))).collect())
+}
+
+/// For an instruction counter (`cargo xtask instructions`): one row's step `calls` times, and nothing else; without a name, the
+/// names.
+pub(super) fn count(name: &str, calls: u32) -> Result<()> {
+    let mut steps = steps()?;
+    if name.is_empty() {
+        steps.iter().for_each(|step| println!("{}", step.name));
+        return Ok(());
     }
-    for payload in [64, 1400] {
-        rows.push((format!("verify checksums, payload {payload}"), timed(repeat, inspect_once(frame(group(0), payload)?)?)));
-    }
-    rows.push(("rewrite, MACs and TTL".into(), timed(repeat, rewrite_once(packet.clone(), Rewrite::Link, 1)?)));
-    for outputs in [1, 4, 16] {
-        let name = format!("rewrite in full and copy, {outputs} outputs");
-        rows.push((name, timed(repeat / outputs, rewrite_once(packet.clone(), Rewrite::Full, outputs)?)));
-    }
-    Ok(rows)
+    let step = steps.iter_mut().find(|step| step.name == name).with_context(|| format!("no row `{name}`"))?;
+    (0..calls).for_each(|_| (step.call)());
+    Ok(())
 }
 
 /// Nanoseconds a call over `repeat` calls.
-fn timed<'a>(repeat: u32, mut call: impl FnMut() + 'a) -> Box<dyn FnMut() -> Result<f64> + 'a> {
+fn timed<'a>(repeat: u32, mut call: Box<dyn FnMut() + 'a>) -> Box<dyn FnMut() -> Result<f64> + 'a> {
     Box::new(move || {
         let begin = Instant::now();
         (0..repeat).for_each(|_| call());
