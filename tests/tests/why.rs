@@ -236,6 +236,33 @@ fn packets_that_are_wrong() {
     world.works("a", &traffic(GROUP));
 }
 
+/// What the packet path counts before any rule sees it; packets that are right are sent then.
+#[test]
+fn packets_that_no_rule_sees() {
+    needs_root!();
+    let spec = LabSpec { mtu: 9_000, ..LabSpec::default() };
+    let world = World::of(spec, &["--backend", "packet", "--rule", "r0 239.1.1.1:5000 -> r1 239.9.9.9:6000; id=a"]);
+    let large = send::Args { size: 8_000, ..traffic(GROUP) };
+    let remedy = world.says("a", Some(&large), "before any rule takes them: they are larger than the path can carry");
+    assert!(remedy.starts_with("lower the sender's packet size"), "{remedy}");
+    world.works("a", &traffic(GROUP));
+    let mut long = Datagram::to("239.1.1.1", 5_000, &[7; 64]).unwrap().bytes();
+    // The UDP length's first byte.
+    long[38] = 0x10;
+    let injector = Injector::on(&world.lab.src, "s0").unwrap();
+    let remedy = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..320 {
+                injector.send(&long).unwrap();
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        world.says("a", None, "before any rule takes them: their lengths contradict each other")
+    });
+    assert!(remedy.starts_with("correct the sender"), "{remedy}");
+    world.works("a", &traffic(GROUP));
+}
+
 /// Three outputs, each with another fault, in one answer; each remedy as it is printed, and the rule works.
 #[test]
 fn outputs_without_interface_carrier_or_address() {
