@@ -3,11 +3,11 @@
 //! Must never wait: a journal that takes nothing costs entries, which are counted and named by the next one that it takes. That is
 //! why it is not the crate tracing-journald, whose socket blocks.
 
+use super::logs::Losses;
 use std::fmt::{Debug, Write};
 use std::io;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::Layer;
@@ -25,8 +25,7 @@ pub(super) fn is_stderr(device: u64, inode: u64) -> bool {
 pub(super) struct Journal {
     socket: UnixDatagram,
     to: PathBuf,
-    /// Entries lost since the last one that was taken.
-    lost: AtomicU64,
+    lost: Losses,
 }
 
 impl Journal {
@@ -43,33 +42,19 @@ impl Journal {
         socket.set_nonblocking(true)?;
         // journald discards an empty datagram; one that nobody would take is an error.
         socket.send_to(&[], path)?;
-        Ok(Self { socket, to: path.to_owned(), lost: AtomicU64::new(0) })
+        Ok(Self { socket, to: path.to_owned(), lost: Losses::new() })
     }
 
     fn log(&self, entry: Entry) {
-        if !(self.name_losses() && self.put(entry)) {
-            self.lost.fetch_add(1, Ordering::Relaxed);
-        }
+        let entry = entry.finish();
+        self.lost.pass(|lost| match lost {
+            Some(lost) => self.put(&Entry::of_losses(lost).finish()),
+            None => self.put(&entry),
+        });
     }
 
-    fn put(&self, entry: Entry) -> bool {
-        self.socket.send_to(&entry.finish(), &self.to).is_ok()
-    }
-
-    /// Whether what was lost has been named, if anything was.
-    fn name_losses(&self) -> bool {
-        let lost = self.lost.load(Ordering::Relaxed);
-        if lost == 0 {
-            return true;
-        }
-        let mut entry = Entry::new(&Level::WARN, module_path!());
-        entry.message = format!("{lost} log lines lost: journald took none");
-        entry.add("RELAY_LOST", &lost.to_string());
-        let named = self.put(entry);
-        if named {
-            self.lost.fetch_sub(lost, Ordering::Relaxed);
-        }
-        named
+    fn put(&self, entry: &[u8]) -> bool {
+        self.socket.send_to(entry, &self.to).is_ok()
     }
 }
 
@@ -107,6 +92,13 @@ impl Entry {
         entry.add("PRIORITY", priority);
         entry.add("SYSLOG_IDENTIFIER", "relay");
         entry.add("RELAY_TARGET", target);
+        entry
+    }
+
+    fn of_losses(lost: u64) -> Self {
+        let mut entry = Self::new(&Level::WARN, module_path!());
+        entry.message = format!("{lost} log lines lost: journald took none");
+        entry.add("RELAY_LOST", &lost.to_string());
         entry
     }
 
@@ -205,7 +197,7 @@ mod tests {
         let log = |journal: &Journal| journal.log(Entry::new(&Level::INFO, "relay"));
         // A datagram socket's queue is a few hundred entries long.
         let mut tries = 0;
-        while journal.lost.load(Ordering::Relaxed) < 3 {
+        while journal.lost.count() < 3 {
             log(&journal);
             tries += 1;
             assert!(tries < 1_000_000, "no queue has such room");
@@ -216,7 +208,7 @@ mod tests {
         log(&journal);
         assert_eq!(reader.next().unwrap()["RELAY_LOST"], "3");
         assert_eq!(reader.next().unwrap()["RELAY_TARGET"], "relay");
-        assert_eq!(journal.lost.into_inner(), 0);
+        assert_eq!(journal.lost.count(), 0);
     }
 
     #[test]

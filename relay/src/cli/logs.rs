@@ -16,8 +16,34 @@ use tracing_subscriber::util::SubscriberInitExt;
 /// What a pipe that is ready takes at once (PIPE_BUF).
 const PIECE: usize = 4096;
 
-/// Lines lost since the last one that was written.
-static LOST: AtomicU64 = AtomicU64::new(0);
+static LOST: Losses = Losses::new();
+
+/// Lines lost since the last one that was taken.
+pub(super) struct Losses(AtomicU64);
+
+impl Losses {
+    pub(super) const fn new() -> Self {
+        Self(AtomicU64::new(0))
+    }
+
+    /// A line, behind a word on those lost before it: `put` is called with their number, then with `None` for the line itself, and
+    /// says whether that was taken. A line that was not is counted.
+    pub(super) fn pass(&self, mut put: impl FnMut(Option<u64>) -> bool) {
+        let lost = self.0.load(Ordering::Relaxed);
+        let said = lost == 0 || put(Some(lost));
+        if said {
+            self.0.fetch_sub(lost, Ordering::Relaxed);
+        }
+        if !said || !put(None) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn count(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
 
 /// Starts logging. The daemon tells what it does; the other commands speak up only when something is wrong.
 pub(super) fn init(verbose: u8, is_daemon: bool) -> Result<(), Failure> {
@@ -49,19 +75,14 @@ fn journal() -> Option<Journal> {
 }
 
 /// Writes each line only as far as it is taken at once. O_NONBLOCK would do the same, but to everybody who shares the terminal.
-struct Unhurried<'a, W>(W, &'a AtomicU64);
+struct Unhurried<'a, W>(W, &'a Losses);
 
 impl<W: Write + AsFd> Write for Unhurried<'_, W> {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let lost = self.1.load(Ordering::Relaxed);
-        let said =
-            lost == 0 || self.put(format!("relay: {lost} log lines lost: nobody read standard error, or it had no room\n").as_bytes());
-        if said {
-            self.1.fetch_sub(lost, Ordering::Relaxed);
-        }
-        if !said || !self.put(line) {
-            self.1.fetch_add(1, Ordering::Relaxed);
-        }
+        self.1.pass(|lost| match lost {
+            Some(lost) => self.put(format!("relay: {lost} log lines lost: nobody read standard error, or it had no room\n").as_bytes()),
+            None => self.put(line),
+        });
         // An error would be told on stderr, by a macro that panics where it can't.
         Ok(line.len())
     }
@@ -93,11 +114,11 @@ mod tests {
     #[test]
     fn a_full_pipe_costs_lines_which_are_counted() {
         let (mut reader, writer) = io::pipe().unwrap();
-        let lost = AtomicU64::new(0);
+        let lost = Losses::new();
         let mut log = Unhurried(File::from(OwnedFd::from(writer)), &lost);
         let line = [&[b'x'; 999][..], b"\n"].concat();
         let mut lines = 0;
-        while lost.load(Ordering::Relaxed) < 3 {
+        while lost.count() < 3 {
             log.write_all(&line).unwrap();
             lines += 1;
             assert!(lines < 100_000, "a pipe has no such room");
@@ -109,14 +130,14 @@ mod tests {
         let mut rest = String::new();
         reader.read_to_string(&mut rest).unwrap();
         assert_eq!(rest, "relay: 3 log lines lost: nobody read standard error, or it had no room\non\n");
-        assert_eq!(lost.into_inner(), 0);
+        assert_eq!(lost.count(), 0);
     }
 
     #[test]
     fn a_full_disk_is_no_error() {
-        let lost = AtomicU64::new(0);
+        let lost = Losses::new();
         let full = File::options().write(true).open("/dev/full").unwrap();
         Unhurried(full, &lost).write_all(b"a line\n").unwrap();
-        assert_eq!(lost.into_inner(), 1);
+        assert_eq!(lost.count(), 1);
     }
 }
