@@ -42,12 +42,6 @@ impl Supervisor {
     }
 
     fn facts(&self, rule: &Rule, redirectable: &Redirectable) -> Facts {
-        let wish = match (rule.path, self.options.backend) {
-            (PathChoice::Kernel, _) | (PathChoice::Auto, BackendChoice::Kernel) => Wish::Kernel,
-            (PathChoice::Packet, _) | (PathChoice::Auto, BackendChoice::Packet) => Wish::Packet,
-            (PathChoice::Xsk, _) | (PathChoice::Auto, BackendChoice::Xsk) => Wish::Xsk,
-            (PathChoice::Auto, BackendChoice::Auto) => Wish::Auto,
-        };
         let no_kernel = match &self.program {
             Some(program) => program.kernel().err().map(str::to_owned),
             None => Some(self.no_program.clone()),
@@ -61,12 +55,22 @@ impl Supervisor {
                 present: interface.is_some(),
             }
         });
-        Facts { wish, no_kernel, ingress: self.ingress_facts(rule), egress: egress.collect(), is_captured: self.captures.borrows(&rule.id) }
+        let (wish, ingress, is_captured) = (self.wish(rule), self.ingress_facts(rule), self.captures.borrows(&rule.id));
+        Facts { wish, no_kernel, ingress, egress: egress.collect(), is_captured }
+    }
+
+    fn wish(&self, rule: &Rule) -> Wish {
+        match (rule.path, self.options.backend) {
+            (PathChoice::Kernel, _) | (PathChoice::Auto, BackendChoice::Kernel) => Wish::Kernel,
+            (PathChoice::Packet, _) | (PathChoice::Auto, BackendChoice::Packet) => Wish::Packet,
+            (PathChoice::Xsk, _) | (PathChoice::Auto, BackendChoice::Xsk) => Wish::Xsk,
+            (PathChoice::Auto, BackendChoice::Auto) => Wish::Auto,
+        }
     }
 
     /// Whether the path of a rule is the relay's own choice.
     pub(super) fn is_free(&self, rule: &Rule) -> bool {
-        (rule.path, self.options.backend) == (PathChoice::Auto, BackendChoice::Auto)
+        self.wish(rule) == Wish::Auto
     }
 
     fn ingress_facts(&self, rule: &Rule) -> Option<IngressFacts> {
