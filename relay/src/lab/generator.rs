@@ -88,28 +88,29 @@ impl Generator {
 
     /// From now on datagrams of `size` bytes.
     pub fn set_payload(&mut self, size: usize) -> Result<()> {
+        self.set(size, Marks::default())
+    }
+
+    fn set(&mut self, size: usize, marks: Marks) -> Result<()> {
         let mut bytes = vec![0; size];
         payload::write(&mut bytes, 0, 0);
         self.frame = self.flow.frame(&bytes);
-        self.program.set_template(&self.frame, Marks::default())
+        self.program.set_template(&self.frame, marks)
     }
 
     /// The same, of so many flows by turns: they differ in the source port, or (`VARY_GROUP`) in the group.
     pub fn set_flows(&mut self, size: usize, flows: u32, vary: u32) -> Result<()> {
-        self.set_payload(size)?;
-        let marks = Marks { checksum_offset: CHECKSUM_AT, flows, vary, ..Marks::default() };
-        if flows > 1 { self.program.set_template(&self.frame, marks) } else { Ok(()) }
+        if flows < 2 {
+            return self.set_payload(size);
+        }
+        self.set(size, Marks { checksum_offset: CHECKSUM_AT, flows, vary, ..Marks::default() })
     }
 
     /// From now on datagrams of `size` bytes that have a sequence number and the time (CLOCK_REALTIME) when each was made, sent one
     /// by one.
     pub fn set_stamped(&mut self, size: usize) -> Result<()> {
-        let mut bytes = vec![0; size];
-        payload::write(&mut bytes, 0, 0);
-        self.frame = self.flow.frame(&bytes);
         self.batch = 1;
-        let marks = Marks { sequence_offset: SEQUENCE_AT, stamp_offset: STAMP_AT, checksum_offset: CHECKSUM_AT, ..Marks::default() };
-        self.program.set_template(&self.frame, marks)
+        self.set(size, Marks { sequence_offset: SEQUENCE_AT, stamp_offset: STAMP_AT, checksum_offset: CHECKSUM_AT, ..Marks::default() })
     }
 
     /// From now on packets are sent so many at a time that each may go out of `r1` `fanout` times: what the receive work sends on

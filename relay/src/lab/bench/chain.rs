@@ -4,7 +4,7 @@
 //! relay, or in the ring of the link that leads to it (which counts as that relay's). Then a search for the highest loss-free rate of
 //! each beginning of the chain. Must never ask a relay how many packets it has carried.
 
-use super::report::{KEPT_PACE, PREEMPTED_PER_SECOND, Report, Row, machine};
+use super::report::{PREEMPTED_PER_SECOND, Report, Row, keeps_pace, machine};
 use super::{Place, program};
 use crate::lab::arms::{Arm, GROUP, Running};
 use crate::lab::error::Result;
@@ -87,7 +87,7 @@ impl Trial {
 
     /// The generator kept the pace, so a loss is the chain's.
     fn is_offered(&self) -> bool {
-        self.offered_pps() >= KEPT_PACE * self.rate as f64
+        keeps_pace(self.offered_pps(), self.rate as f64)
     }
 }
 

@@ -1,14 +1,14 @@
 //! `relay bench latency`: how long a packet is inside the relay at a steady rate, measured outside of it.
 //!
-//! The generator's program stamps every datagram as it makes it, at even distances, one by one, never in bursts. The kernel stamps it again (SO_TIMESTAMPNS) when the stack of the receiving interface gets it: `k1`
-//! behind the relay, and, for row `wire`, `r0` with no relay at all. Every 2^n-th datagram is kept, in a socket that is read only
+//! The generator's program stamps every datagram as it makes it, at even distances, one by one, never in bursts. The kernel stamps it
+//! again (SO_TIMESTAMPNS) when the stack of the receiving interface gets it: `k1` behind the relay, and, for row `wire`, `r0` with no relay at all. Every 2^n-th datagram is kept, in a socket that is read only
 //! after the run. What is reported of a path is each percentile of sender → `k1` minus the median of sender → `r0`: the time from
 //! the arrival at the relay's interface to the arrival at the sink's, its veth pair included. The jitter of sender and wire is not
 //! taken off, so p99 and p99.9 are upper bounds; row `wire` says how much of it there is, and is not corrected itself.
 //!
 //! Must never take a stamp inside the relay, and never read a sample while packets flow.
 
-use super::report::{KEPT_PACE, PREEMPTED_PER_SECOND, Report, Row, machine, median, sorted};
+use super::report::{PREEMPTED_PER_SECOND, Report, Row, keeps_pace, machine, median, sorted};
 use super::{Place, program};
 use crate::lab::arms::{Arm, GROUP, Running};
 use crate::lab::error::{LabError, Result};
@@ -203,7 +203,7 @@ fn row(args: &LatencyArgs, arm: Option<Arm>, runs: &[Run], wire_us: f64) -> Opti
         preempted: switches > PREEMPTED_PER_SECOND,
         sink_drops: runs.iter().map(|run| run.sink_drops).sum(),
         asked_pps: Some(args.rate as f64),
-        source_bound: offered_pps < KEPT_PACE * args.rate as f64,
+        source_bound: !keeps_pace(offered_pps, args.rate as f64),
         ..Row::default()
     })
 }

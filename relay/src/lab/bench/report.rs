@@ -15,7 +15,7 @@ pub(in crate::lab) const CEILING_MARGIN: f64 = 0.9;
 /// At flat out, a relay that delivers this share of the offer was not the bottleneck.
 const KEPT_UP: f64 = 0.98;
 /// At a pace, a source that sent this share of what was asked for has kept it.
-pub(super) const KEPT_PACE: f64 = 0.95;
+const KEPT_PACE: f64 = 0.95;
 /// A run that loses more than this share after the relay is void.
 const SINK_SHARE: f64 = 0.001;
 /// Involuntary switches a second that make a figure doubtful.
@@ -133,8 +133,13 @@ pub struct Row {
 impl Row {
     /// The source kept the pace that was asked for, if one was: what it was slower proves nothing.
     pub(super) fn kept_pace(&self) -> bool {
-        self.asked_pps.is_none_or(|asked| self.offered_pps >= KEPT_PACE * asked)
+        self.asked_pps.is_none_or(|asked| keeps_pace(self.offered_pps, asked))
     }
+}
+
+/// Whether a source that offered so much has kept the pace it was asked for.
+pub(super) fn keeps_pace(offered_pps: f64, asked_pps: f64) -> bool {
+    offered_pps >= KEPT_PACE * asked_pps
 }
 
 /// What a run was loaded with.
@@ -179,7 +184,7 @@ pub(super) fn row(case: &Case, wait: &str, runs: &[Run], offer: Offer) -> Option
         preempted: switches > PREEMPTED_PER_SECOND,
         source_bound: match offer {
             Offer::FlatOut(ceiling) => inputs > CEILING_MARGIN * ceiling || inputs > KEPT_UP * offered,
-            Offer::Paced(rate) => offered < KEPT_PACE * rate as f64,
+            Offer::Paced(rate) => !keeps_pace(offered, rate as f64),
         },
         sink_drops: runs.iter().map(|run| run.window.sink_drops).sum(),
         void: runs.iter().any(|run| !run.window.covered || run.window.sink_drops as f64 > SINK_SHARE * run.window.delivered as f64),
