@@ -187,6 +187,12 @@ pub fn rule_stats<'a>(stats: &'a Value, id: &str) -> Result<&'a Value> {
     rules.iter().find(|rule| rule["id"] == id).with_context(|| format!("no rule {id} in {stats}"))
 }
 
+/// Counters of an interface, in the answer of `stats`.
+pub fn interface_stats<'a>(stats: &'a Value, name: &str) -> Result<&'a Value> {
+    let interfaces = stats["interfaces"].as_array().context("stats without interfaces")?;
+    interfaces.iter().find(|interface| interface["name"] == name).with_context(|| format!("no interface {name} in {stats}"))
+}
+
 /// DESIGN §4.1: the places of the frames sum to their total.
 pub fn assert_frames_conserved(stats: &Value) {
     let frames = &stats["frames"];

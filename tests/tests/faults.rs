@@ -10,7 +10,7 @@ use relay::lab::process::signal_pid;
 use relay_tests::paths::{XSK_FUSED, renice, turn};
 use relay_tests::process::{kib, wait_replaced};
 use relay_tests::stream::Stream;
-use relay_tests::{Lab, RelayProcess, needs_root, relay_bin, send_args, send_in_background};
+use relay_tests::{Lab, RelayProcess, interface_stats, needs_root, relay_bin, send_args, send_in_background};
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, IoSlice, Read, Write, pipe};
 use std::os::fd::AsRawFd;
@@ -169,6 +169,5 @@ fn a_flood_of_other_traffic_costs_no_packet() {
 /// Packets that no rule wanted.
 fn passed(relay: &RelayProcess) -> u64 {
     let stats = relay.stats().unwrap();
-    let interface = stats["interfaces"].as_array().unwrap().iter().find(|interface| interface["name"] == "r0").unwrap();
-    interface["passed"].as_u64().unwrap_or(0)
+    interface_stats(&stats, "r0").unwrap()["passed"].as_u64().unwrap_or(0)
 }

@@ -6,7 +6,7 @@
 
 use relay_tests::paths::{self, Moved, PATHS, Path, moved};
 use relay_tests::raw::{Capture, Checksum, Datagram, Injector};
-use relay_tests::{Lab, RelayProcess, assert_frames_conserved, assert_rules_conserved, needs_root};
+use relay_tests::{Lab, RelayProcess, assert_frames_conserved, assert_rules_conserved, interface_stats, needs_root};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -217,7 +217,7 @@ fn expected(corpus: &Corpus, id: &str) -> Moved {
 
 /// Frames that `r0` has seen by its own counters: taken for a rule, or left to the kernel under a name.
 fn accounted(stats: &Value) -> u64 {
-    let r0 = stats["interfaces"].as_array().unwrap().iter().find(|one| one["name"] == "r0").cloned().unwrap();
+    let r0 = interface_stats(stats, "r0").unwrap();
     let passed: u64 = r0["passed_by"].as_object().unwrap().values().map(|count| count.as_u64().unwrap()).sum();
     r0["rx_packets"].as_u64().unwrap() + passed
 }

@@ -10,7 +10,7 @@ use relay::lab::generator::{Generator, received};
 use relay_tests::paths::{Moved, Outside, Path, long, moved};
 use relay_tests::process::kib;
 use relay_tests::stream::Stream;
-use relay_tests::{Lab, RelayProcess, assert_frames_conserved, assert_rules_conserved, on_every_path};
+use relay_tests::{Lab, RelayProcess, assert_frames_conserved, assert_rules_conserved, interface_stats, on_every_path};
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
@@ -36,7 +36,7 @@ fn number(value: &Value) -> u64 {
 
 /// Packets r0 has taken, and those it has dropped by name.
 fn ingress(stats: &Value) -> (u64, u64) {
-    let interface = stats["interfaces"].as_array().unwrap().iter().find(|interface| interface["name"] == "r0").unwrap();
+    let interface = interface_stats(stats, "r0").unwrap();
     (number(&interface["rx_packets"]), interface["drops"].as_object().unwrap().values().map(number).sum())
 }
 

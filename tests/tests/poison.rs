@@ -18,7 +18,8 @@ use relay::shm::{Access, Segment};
 use relay_tests::paths::{XSK_FUSED, turn};
 use relay_tests::process::{memory_named, wait_replaced};
 use relay_tests::{
-    Lab, Listener, RelayProcess, assert_frames_conserved, assert_rules_conserved, needs_root, send_args, send_in_background,
+    Lab, Listener, RelayProcess, assert_frames_conserved, assert_rules_conserved, interface_stats, needs_root, send_args,
+    send_in_background,
 };
 use std::fs::File;
 use std::time::Duration;
@@ -84,7 +85,7 @@ fn poison(relay: &RelayProcess, journal: &Journal) -> Result<(), String> {
 
 fn skipped(relay: &RelayProcess) -> u64 {
     let stats = relay.stats().unwrap();
-    let interface = stats["interfaces"].as_array().unwrap().iter().find(|interface| interface["name"] == "r0").unwrap();
+    let interface = interface_stats(&stats, "r0").unwrap();
     interface["drops"]["poison"].as_u64().unwrap_or(0)
 }
 

@@ -8,7 +8,9 @@ use relay::lab::send::{self, send};
 use relay::lab::{Namespace, RelayProcess};
 use relay_tests::paths::{Moved, Path, await_moved, moved};
 use relay_tests::raw::{self, Capture, Checksum, Datagram, Injector};
-use relay_tests::{Lab, LabSpec, Listener, assert_frames_conserved, assert_rules_conserved, on_every_path, rule_stats, send_args};
+use relay_tests::{
+    Lab, LabSpec, Listener, assert_frames_conserved, assert_rules_conserved, interface_stats, on_every_path, rule_stats, send_args,
+};
 use std::collections::BTreeSet;
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
@@ -330,7 +332,7 @@ fn fragments_are_left_to_the_kernel_and_counted(path: &Path) {
     std::thread::sleep(Duration::from_millis(200));
     let after = relay.stats().unwrap();
     assert_eq!(moved(&before, &after, "a").unwrap(), Moved::all(0, 1));
-    let r0 = after["interfaces"].as_array().unwrap().iter().find(|one| one["name"] == "r0").unwrap();
+    let r0 = interface_stats(&after, "r0").unwrap();
     if path.path == "xsk" {
         assert_eq!(r0["passed_by"]["fragment"], 3 * COUNT, "{r0}");
     }

@@ -77,27 +77,40 @@ fn the_supervisor_is_confined_with_all_its_threads() {
     assert!(!relay.log().contains("ENOSYS") && !relay.log().contains("not implemented"), "{}", relay.log());
 }
 
-/// Has a process make system calls by writing the instruction under its feet; what each returned. It goes on as if nothing had been.
+/// Stops a process and writes the instruction of a system call under its feet; its registers, and the word that stood there.
 #[cfg(target_arch = "x86_64")]
-fn calls_of(pid: Pid, calls: &[[u64; 4]]) -> Vec<i64> {
+fn stop_at_a_call(pid: Pid) -> (libc::user_regs_struct, i64) {
     ptrace::attach(pid).unwrap();
     assert!(matches!(waitpid(pid, None).unwrap(), WaitStatus::Stopped(..)));
-    let saved = ptrace::getregs(pid).unwrap();
-    let at = saved.rip as ptrace::AddressType;
+    let registers = ptrace::getregs(pid).unwrap();
+    let at = registers.rip as ptrace::AddressType;
     let word = ptrace::read(pid, at).unwrap();
     // syscall; int3
     ptrace::write(pid, at, word & !0xff_ffff | 0x00cc_050f).unwrap();
-    let returned = calls.iter().map(|[number, first, second, third]| {
-        let mut registers = saved;
-        (registers.rax, registers.rdi, registers.rsi, registers.rdx) = (*number, *first, *second, *third);
-        registers.orig_rax = u64::MAX;
-        ptrace::setregs(pid, registers).unwrap();
+    (registers, word)
+}
+
+/// Number and arguments of the call for a process that is stopped so.
+#[cfg(target_arch = "x86_64")]
+fn set_call(pid: Pid, mut registers: libc::user_regs_struct, call: [u64; 4]) {
+    [registers.rax, registers.rdi, registers.rsi, registers.rdx] = call;
+    // A thread stopped inside a system call would have that one restarted over ours.
+    registers.orig_rax = u64::MAX;
+    ptrace::setregs(pid, registers).unwrap();
+}
+
+/// Has a process make system calls; what each returned. It goes on as if nothing had been.
+#[cfg(target_arch = "x86_64")]
+fn calls_of(pid: Pid, calls: &[[u64; 4]]) -> Vec<i64> {
+    let (saved, word) = stop_at_a_call(pid);
+    let returned = calls.iter().map(|call| {
+        set_call(pid, saved, *call);
         ptrace::cont(pid, None).unwrap();
         assert!(matches!(waitpid(pid, None).unwrap(), WaitStatus::Stopped(_, Signal::SIGTRAP)));
         ptrace::getregs(pid).unwrap().rax.cast_signed()
     });
     let returned = returned.collect();
-    ptrace::write(pid, at, word).unwrap();
+    ptrace::write(pid, saved.rip as ptrace::AddressType, word).unwrap();
     ptrace::setregs(pid, saved).unwrap();
     ptrace::detach(pid, None).unwrap();
     returned
@@ -139,20 +152,11 @@ fn a_stray_call_of_the_supervisor_is_refused() {
     assert_eq!(relay.status().unwrap()["workers"][0]["restarts"], 0);
 }
 
-/// Makes the process execute `socket(AF_INET, SOCK_DGRAM, 0)` by writing the instruction under its feet.
+/// Makes the process execute `socket(AF_INET, SOCK_DGRAM, 0)`.
 #[cfg(target_arch = "x86_64")]
 fn inject_socket_call(pid: Pid) {
-    ptrace::attach(pid).unwrap();
-    assert!(matches!(waitpid(pid, None).unwrap(), WaitStatus::Stopped(..)));
-    let mut registers = ptrace::getregs(pid).unwrap();
-    (registers.rax, registers.rdi, registers.rsi, registers.rdx) = (libc::SYS_socket as u64, 2, 2, 0);
-    // A thread stopped inside a system call would have that one restarted over ours.
-    registers.orig_rax = u64::MAX;
-    let at = registers.rip as ptrace::AddressType;
-    let word = ptrace::read(pid, at).unwrap();
-    // syscall; int3
-    ptrace::write(pid, at, word & !0xff_ffff | 0x00cc_050f).unwrap();
-    ptrace::setregs(pid, registers).unwrap();
+    let (registers, _) = stop_at_a_call(pid);
+    set_call(pid, registers, [libc::SYS_socket as u64, 2, 2, 0]);
     ptrace::detach(pid, None).unwrap();
 }
 

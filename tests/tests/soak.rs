@@ -13,8 +13,8 @@ use relay::lab::recv::{Report, Verdict};
 use relay_tests::paths::{Outside, Path, Run, XSK_FUSED, XSK_SPLIT, moved, turn};
 use relay_tests::process::{kib, wait_replaced};
 use relay_tests::{
-    Lab, LabSpec, Listener, RelayProcess, assert_frames_conserved, assert_rules_conserved, needs_root, recv_args, rule_stats, send_args,
-    send_in_background,
+    Lab, LabSpec, Listener, RelayProcess, assert_frames_conserved, assert_rules_conserved, interface_stats, needs_root, recv_args,
+    rule_stats, send_args, send_in_background,
 };
 use serde_json::Value;
 use std::time::{Duration, Instant};
@@ -102,7 +102,7 @@ impl Soak {
 /// Drops that a counter names, of the stream.
 fn named(stats: &Value) -> u64 {
     let sum = |drops: &Value| drops.as_object().unwrap().values().filter_map(Value::as_u64).sum::<u64>();
-    let ingress = stats["interfaces"].as_array().unwrap().iter().find(|interface| interface["name"] == "r0").unwrap();
+    let ingress = interface_stats(stats, "r0").unwrap();
     let rule = rule_stats(stats, "stream").unwrap();
     sum(&ingress["drops"]) + sum(&rule["drops"]) + sum(&rule["outputs"][0]["drops"])
 }

@@ -7,7 +7,9 @@ use nix::sys::socket::{MsgFlags, send as send_bytes};
 use relay::lab::packet::{Flow, group_mac};
 use relay::nic::afpacket::socket::open_send;
 use relay_tests::paths::{Listen, Moved, Path, Run, await_moved, moved};
-use relay_tests::{Lab, LabSpec, RelayProcess, assert_frames_conserved, assert_rules_conserved, on_every_path, send, send_args};
+use relay_tests::{
+    Lab, LabSpec, RelayProcess, assert_frames_conserved, assert_rules_conserved, interface_stats, on_every_path, send, send_args,
+};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
@@ -39,7 +41,7 @@ fn sum(counters: &Value) -> u64 {
 }
 
 fn interface<'a>(stats: &'a Value, name: &str) -> &'a Value {
-    stats["interfaces"].as_array().unwrap().iter().find(|interface| interface["name"] == name).unwrap()
+    interface_stats(stats, name).unwrap()
 }
 
 /// `interface.rx_packets == Σ rules' rx_packets + retired + Σ drops`, all rules being of `r0`; each egress is the sum of its outputs.
