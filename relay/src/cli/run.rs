@@ -62,6 +62,9 @@ pub(super) struct RunArgs {
     /// What a worker does when idle
     #[arg(long, value_parser = values::choice(WAITS), default_value = "adaptive")]
     wait: WaitChoice,
+    /// Keep a second process for each worker, which stands in for it by itself: a shorter silence when one dies, for its memory
+    #[arg(long)]
+    spare: bool,
     /// How long everything forwards on without a supervisor, and can be taken over; 0: not at all
     #[arg(long, value_name = "DURATION", default_value = "0", value_parser = values::duration)]
     linger: Duration,
@@ -140,6 +143,7 @@ fn options(args: RunArgs, context: &Context) -> Result<Options, Failure> {
         partition: args.partition,
         io_uring: args.io_uring,
         wait: args.wait,
+        spare: args.spare,
         linger: args.linger,
         takeover: args.takeover,
         socket: context.global.socket.clone(),

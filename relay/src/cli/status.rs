@@ -2,7 +2,7 @@
 
 use super::output::{self, Mood, Output, count, duration, lines, number, text};
 use super::{Context, OK, Outcome, unexpected};
-use crate::control::message::{InterfaceInfo, Request, Response, Status, WorkerInfo};
+use crate::control::message::{InterfaceInfo, Request, Response, SpareInfo, Status, WorkerInfo};
 
 /// Asks and prints.
 pub(super) fn run(context: &Context) -> Outcome {
@@ -73,7 +73,15 @@ fn workers(workers: &[WorkerInfo], output: &Output) -> String {
             text(&restarts(worker)),
         ]);
     }
-    lines(&mut table)
+    lines(&mut table) + &workers.iter().filter_map(spare).collect::<String>()
+}
+
+/// What stands ready for a worker, and how often that was used.
+fn spare(worker: &WorkerInfo) -> Option<String> {
+    let SpareInfo { pid, state, promotions, deaths } = worker.spare.as_ref()?;
+    let present = if *pid == 0 { "no spare yet".into() } else { format!("spare {pid} {state}") };
+    let deaths = if *deaths == 0 { String::new() } else { format!(", {deaths} died") };
+    Some(format!("worker {}: {present}, stood in {promotions} times{deaths}\n", worker.id))
 }
 
 /// `0`, or `2, last: killed by SIGSEGV`.

@@ -233,6 +233,22 @@ pub struct WorkerInfo {
     pub wait: String,
     /// Uid it runs as.
     pub uid: u32,
+    /// Its spare, with `--spare`.
+    #[serde(default)]
+    pub spare: Option<SpareInfo>,
+}
+
+/// The spare of a worker.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpareInfo {
+    /// Process id; 0 if there is none now.
+    pub pid: u32,
+    /// `none boot ready`. There is one from the worker's first packets on.
+    pub state: String,
+    /// Times that one has stood in.
+    pub promotions: u64,
+    /// Spares that died before.
+    pub deaths: u64,
 }
 
 /// `relay stats`.

@@ -47,6 +47,8 @@ pub enum Role {
     Log,
     /// The worker (pidfd); key: the worker.
     Process,
+    /// Decides whether the spare stands in; key: the worker. Its life line, log and process have the key `spare N`.
+    Baton,
     /// AF_XDP or receiving AF_PACKET socket; key: port/worker.
     Receive,
     /// Sending AF_PACKET socket; key: port/worker.

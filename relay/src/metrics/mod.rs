@@ -7,7 +7,9 @@
 
 pub mod server;
 
-use crate::control::message::{FrameStats, InterfaceStats, OutputStats, RuleInfo, RuleStats, Stats, Status, WorkerLatency, octaves};
+use crate::control::message::{
+    FrameStats, InterfaceStats, OutputStats, RuleInfo, RuleStats, SpareInfo, Stats, Status, WorkerInfo, WorkerLatency, octaves,
+};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
@@ -82,10 +84,29 @@ fn workers(page: &mut Page, status: &Status) {
     page.counters("relay_worker_restarts_total", "Replacements of this worker.", &status.workers, |worker, emit| {
         emit(&[("worker", &worker.id.to_string())], worker.restarts);
     });
+    spares(page, &status.workers);
     page.family("relay_worker_heartbeat_age_seconds", "gauge", "Since the worker last showed that it lives.");
     for worker in &status.workers {
         page.sample("relay_worker_heartbeat_age_seconds", &[("worker", &worker.id.to_string())], worker.heartbeat_age_ms as f64 / 1000.0);
     }
+}
+
+/// Only where there are any.
+fn spares(page: &mut Page, workers: &[WorkerInfo]) {
+    let spares: Vec<(String, &SpareInfo)> = workers.iter().filter_map(|one| Some((one.id.to_string(), one.spare.as_ref()?))).collect();
+    if spares.is_empty() {
+        return;
+    }
+    page.family("relay_spare_ready", "gauge", "1 while the worker has a spare that has everything.");
+    for (worker, spare) in &spares {
+        page.sample("relay_spare_ready", &[("worker", worker)], u8::from(spare.state == "ready"));
+    }
+    page.counters("relay_spare_promotions_total", "Times that a spare has stood in for the worker.", &spares, |(worker, spare), emit| {
+        emit(&[("worker", worker)], spare.promotions);
+    });
+    page.counters("relay_spare_deaths_total", "Spares that died before they stood in.", &spares, |(worker, spare), emit| {
+        emit(&[("worker", worker)], spare.deaths);
+    });
 }
 
 /// Every power of two is an `le`, also those below the first packet: a histogram's buckets must be the same in every scrape.

@@ -19,7 +19,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering::{Acquire, Release};
 
 /// Counted up whenever a layout in this room changes.
-pub const LAYOUT_VERSION: u32 = 9;
+pub const LAYOUT_VERSION: u32 = 10;
 /// Commands that a worker may fall behind.
 pub const COMMANDS: u32 = 16;
 const MANIFEST_LEN: usize = 4096;
@@ -133,6 +133,18 @@ pub struct Manifest {
     pub ports: Vec<PortManifest>,
     /// Frames in rings of interfaces that are gone.
     pub orphans: OrphanList,
+    /// Of a spare: whom it stands in for.
+    pub spare: Option<SpareManifest>,
+}
+
+/// What a spare waits for (worker/spare.rs).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SpareManifest {
+    /// The worker it stands in for (pidfd).
+    pub worker_fd: i32,
+    /// Socket with one packet in it, the baton: whoever takes it decides who is the worker next. The supervisor holds the same.
+    pub baton_fd: i32,
 }
 
 /// Frames in rings that nobody can map any more, since their interface is gone.
@@ -264,6 +276,7 @@ mod tests {
             heartbeat_ms: 100,
             ports: vec![],
             orphans: OrphanList::default(),
+            spare: Some(SpareManifest { worker_fd: 8, baton_fd: 9 }),
         }
     }
 

@@ -230,7 +230,7 @@ fn check(what: &'static str, count: usize, max: usize) -> Result<(), RecordsErro
 impl RulesSegment {
     /// A fresh segment (supervisor).
     pub fn create(m: &Arc<Mapping>) -> Result<Self, RecordsError> {
-        Header::create(Arc::<Mapping>::clone(m), layout_hash::<RuleRecord>())?.own();
+        Header::create(Arc::<Mapping>::clone(m), layout_hash::<RuleRecord>())?.own(std::process::id());
         Self::map(m)
     }
 

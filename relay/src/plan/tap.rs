@@ -10,7 +10,7 @@
 //! number of captures read the same ring. A worker may be compromised: must never believe a record before [`Record::read`].
 
 use super::fate::{DropReason, OutputDropReason};
-use crate::shm::bytes::{ByteReader, ByteWriter, ReceivedBytes, chunks_of};
+use crate::shm::bytes::{ByteClaim, ByteReader, ByteWriter, ReceivedBytes, chunks_of};
 use crate::shm::{ChannelError, Segment};
 use bytemuck::{Pod, Zeroable};
 use serde::{Deserialize, Serialize};
@@ -247,14 +247,30 @@ pub fn create() -> Result<Arc<Segment>, ChannelError> {
     ByteWriter::prepare("relay-tap", CHUNKS)
 }
 
+/// A tap ring that its worker is to write.
+#[derive(Debug)]
+pub struct TapClaim(ByteClaim);
+
+impl TapClaim {
+    /// Maps the ring.
+    pub fn open(fd: OwnedFd) -> Result<Self, ChannelError> {
+        ByteClaim::open(fd).map(Self)
+    }
+
+    /// Takes the ring over from a predecessor.
+    pub fn take(self) -> Result<TapWriter, ChannelError> {
+        self.0.take().map(TapWriter)
+    }
+}
+
 /// A worker's end of its tap ring.
 #[derive(Debug)]
 pub struct TapWriter(ByteWriter);
 
 impl TapWriter {
-    /// Takes the ring over from a predecessor.
+    /// [`TapClaim::open`] and [`TapClaim::take`].
     pub fn adopt(fd: OwnedFd) -> Result<Self, ChannelError> {
-        ByteWriter::adopt(fd).map(Self)
+        TapClaim::open(fd)?.take()
     }
 
     /// Writes a record. Never waits.

@@ -187,6 +187,13 @@ impl<T: Pod> Publisher<T> {
         self.published
     }
 
+    /// The last message, a predecessor's perhaps; `None` before the first. Nobody else may be sending.
+    pub fn last(&self) -> Option<T> {
+        let (stamp, words) = slot::<T>(&self.words, self.capacity, self.published)?;
+        let whole = self.published > 0 && stamp.load(Ordering::Acquire) == self.published.wrapping_mul(2);
+        whole.then(|| load(words))
+    }
+
     /// Slots.
     pub const fn capacity(&self) -> u32 {
         self.capacity

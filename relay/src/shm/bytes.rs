@@ -4,7 +4,7 @@
 //! was lapped, or finds parts that do not belong together (the peer is untrusted), drops that message and counts it.
 //! Must never believe a length before it is checked against [`MAX_LEN`].
 
-use super::channel::{self, ChannelError, Reader, Writer, duplicate};
+use super::channel::{self, ChannelError, Claim, Reader, Writer};
 use super::segment::Segment;
 use crate::ring::{Behind, Received};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -41,6 +41,24 @@ pub enum SendError {
     Behind(#[from] Behind),
 }
 
+/// A channel to be written later ([`Claim`]).
+#[derive(Debug)]
+pub struct ByteClaim(Claim<Chunk>);
+
+impl ByteClaim {
+    /// Maps the channel; its writer goes on.
+    pub fn open(fd: OwnedFd) -> Result<Self, ChannelError> {
+        Claim::open(fd).map(Self)
+    }
+
+    /// Takes over the writing end from nobody, or from a writer that is gone: numbers go on, its unfinished message is lost.
+    pub fn take(self) -> Result<ByteWriter, ChannelError> {
+        let chunks = self.0.take()?;
+        let max_len = max_len(chunks.capacity());
+        Ok(ByteWriter { message: chunks.last().map_or(0, |chunk| chunk.message), chunks, max_len })
+    }
+}
+
 /// The writing end.
 #[derive(Debug)]
 pub struct ByteWriter {
@@ -60,12 +78,9 @@ impl ByteWriter {
         channel::prepare::<Chunk>(Segment::create(name, channel::channel_len::<Chunk>(capacity))?, capacity)
     }
 
-    /// Takes over the writing end from nobody, or from a writer that is gone: numbers go on, its unfinished message is lost.
+    /// [`ByteClaim::open`] and [`ByteClaim::take`].
     pub fn adopt(fd: OwnedFd) -> Result<Self, ChannelError> {
-        let last = Reader::<Chunk>::open(duplicate(fd.as_fd())?)?.latest();
-        let chunks = Writer::<Chunk>::adopt(fd)?;
-        let max_len = max_len(chunks.capacity());
-        Ok(Self { chunks, message: last.map_or(0, |chunk| chunk.message), max_len })
+        ByteClaim::open(fd)?.take()
     }
 
     /// Counts a message that the caller gives up on.
@@ -204,6 +219,7 @@ impl ByteReader {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::shm::channel::duplicate;
     use proptest::prelude::*;
 
     prop_compose! {

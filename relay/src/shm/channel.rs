@@ -18,6 +18,7 @@ use crate::ring::{Behind, Gate, GateLine, Memory, Publisher, Received, RingError
 use bytemuck::Pod;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -113,18 +114,54 @@ pub struct ChannelStats {
 struct WriterLock(#[expect(dead_code, reason = "held until dropped")] OwnedFd);
 
 impl WriterLock {
-    /// `None`: somebody else holds it (also in this process).
-    fn take(segment: &Segment) -> Result<Option<Self>, ChannelError> {
+    /// What the lock is taken on.
+    fn open(segment: &Segment) -> Result<OwnedFd, ChannelError> {
         // Reopening gives a description of its own; an inherited descriptor shares its parent's, and so its locks.
         let path = format!("/proc/self/fd/{}", segment.as_fd().as_raw_fd());
-        let own = nix::fcntl::open(path.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, nix::sys::stat::Mode::empty())
-            .map_err(|errno| ChannelError::System("open of /proc/self/fd (is /proc mounted?)", errno))?;
+        nix::fcntl::open(path.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, nix::sys::stat::Mode::empty())
+            .map_err(|errno| ChannelError::System("open of /proc/self/fd (is /proc mounted?)", errno))
+    }
+
+    /// `None`: somebody else holds it (also in this process).
+    fn take(own: OwnedFd) -> Result<Option<Self>, ChannelError> {
         let whole = libc::flock { l_type: libc::F_WRLCK as i16, l_whence: libc::SEEK_SET as i16, l_start: 0, l_len: 0, l_pid: 0 };
         match fcntl(&own, FcntlArg::F_OFD_SETLK(&whole)) {
             Ok(_) => Ok(Some(Self(own))),
             Err(Errno::EAGAIN | Errno::EACCES) => Ok(None),
             Err(errno) => Err(ChannelError::System("F_OFD_SETLK", errno)),
         }
+    }
+}
+
+/// A channel that a process may write later, once its writer is gone: mapped, with everything opened that taking it over needs.
+#[derive(Debug)]
+pub struct Claim<T: Pod> {
+    segment: Arc<Segment>,
+    header: Header,
+    own: OwnedFd,
+    pid: u32,
+    element: PhantomData<T>,
+}
+
+impl<T: Pod> Claim<T> {
+    /// Maps the channel; its writer goes on.
+    pub fn open(fd: OwnedFd) -> Result<Self, ChannelError> {
+        Self::of(Arc::new(Segment::join(fd, Access::ReadWrite)?))
+    }
+
+    fn of(segment: Arc<Segment>) -> Result<Self, ChannelError> {
+        let header = Header::open(segment.clone(), layout_hash::<T>())?;
+        Ok(Self { own: WriterLock::open(&segment)?, segment, header, pid: std::process::id(), element: PhantomData })
+    }
+
+    /// All of the channel's memory.
+    pub const fn segment(&self) -> &Arc<Segment> {
+        &self.segment
+    }
+
+    /// Takes the writing end over: numbers go on, the epoch is a new one. One system call, `fcntl(F_OFD_SETLK)`.
+    pub fn take(self) -> Result<Writer<T>, ChannelError> {
+        Writer::attach(self, None)
     }
 }
 
@@ -141,7 +178,7 @@ pub struct Writer<T: Pod> {
 impl<T: Pod> Writer<T> {
     /// A new channel of `capacity` slots (a power of two). Readers that fall behind are lapped and told so.
     pub fn create(name: &str, capacity: u32) -> Result<Self, ChannelError> {
-        Self::attach(new_channel::<T>(name, capacity)?, None)
+        Self::attach(Claim::of(new_channel::<T>(name, capacity)?)?, None)
     }
 
     /// A new channel whose writer waits for up to `reader_count` admitted readers instead of lapping them.
@@ -149,32 +186,32 @@ impl<T: Pod> Writer<T> {
         let gate = Segment::create(name, HEADER_SIZE + Gate::words(reader_count) * 8)?;
         let gate = Arc::new(gate);
         Header::create(gate.clone(), gate_layout(reader_count))?;
-        Self::attach(new_channel::<T>(name, capacity)?, Some((gate, reader_count)))
+        Self::attach(Claim::of(new_channel::<T>(name, capacity)?)?, Some((gate, reader_count)))
     }
 
     /// A new channel at the start of `segment`.
     pub fn create_in(segment: Segment, capacity: u32) -> Result<Self, ChannelError> {
-        Self::attach(prepare::<T>(segment, capacity)?, None)
+        Self::attach(Claim::of(prepare::<T>(segment, capacity)?)?, None)
     }
 
     /// Takes over the writing end of a channel whose writer is gone: numbers go on, the epoch is a new one.
     pub fn adopt(fd: OwnedFd) -> Result<Self, ChannelError> {
-        Self::attach(Arc::new(Segment::join(fd, Access::ReadWrite)?), None)
+        Claim::open(fd)?.take()
     }
 
     /// [`Self::adopt`] with the gate's descriptor.
     pub fn adopt_gated(fd: OwnedFd, gate: OwnedFd, reader_count: u32) -> Result<Self, ChannelError> {
         let gate = Arc::new(Segment::join(gate, Access::ReadWrite)?);
         Header::open(gate.clone(), gate_layout(reader_count))?;
-        Self::attach(Arc::new(Segment::join(fd, Access::ReadWrite)?), Some((gate, reader_count)))
+        Self::attach(Claim::open(fd)?, Some((gate, reader_count)))
     }
 
-    fn attach(segment: Arc<Segment>, gate: Option<(Arc<Segment>, u32)>) -> Result<Self, ChannelError> {
-        let header = Header::open(segment.clone(), layout_hash::<T>())?;
-        let lock = WriterLock::take(&segment)?.ok_or(ChannelError::AlreadyOwned(header.owner()))?;
+    fn attach(claim: Claim<T>, gate: Option<(Arc<Segment>, u32)>) -> Result<Self, ChannelError> {
+        let Claim { segment, header, own, pid, element: _ } = claim;
+        let lock = WriterLock::take(own)?.ok_or(ChannelError::AlreadyOwned(header.owner()))?;
         let gate_words = gate.as_ref().and_then(|(memory, count)| Gate::new(gate_words(memory, *count)?, *count));
         let publisher = Publisher::attach(segment.clone(), HEADER_SIZE, gate_words)?;
-        header.own();
+        header.own(pid);
         Ok(Self { publisher, header, segment, gate: gate.map(|(memory, _)| memory), _lock: lock })
     }
 
@@ -212,6 +249,11 @@ impl<T: Pod> Writer<T> {
     /// Messages sent so far, by predecessors too.
     pub const fn sent(&self) -> u64 {
         self.publisher.position()
+    }
+
+    /// The last message sent, by a predecessor perhaps.
+    pub fn last(&self) -> Option<T> {
+        self.publisher.last()
     }
 
     /// Slots.
@@ -376,11 +418,16 @@ pub struct Child<C: Pod, S: Pod> {
 impl<C: Pod, S: Pod> Child<C, S> {
     /// Takes the inherited descriptors.
     pub fn attach(control: OwnedFd, status: OwnedFd) -> Result<Self, ChannelError> {
+        let (control, status) = Self::open(control, status)?;
+        Ok(Self { control, status: status.take().map_err(|error| error.of(super::discovery::STATUS))? })
+    }
+
+    /// The same for a child whose predecessor may still write.
+    pub fn open(control: OwnedFd, status: OwnedFd) -> Result<(Reader<C>, Claim<S>), ChannelError> {
         let mut control = Reader::open(control).map_err(|error| error.of(super::discovery::CONTROL))?;
         // What was sent between creation and start is meant for us too.
         control.rewind();
-        let status = Writer::adopt(status).map_err(|error| error.of(super::discovery::STATUS))?;
-        Ok(Self { control, status })
+        Ok((control, Claim::open(status).map_err(|error| error.of(super::discovery::STATUS))?))
     }
 }
 

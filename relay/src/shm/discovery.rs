@@ -4,7 +4,7 @@
 //! the caller by its credentials ([`super::share`]). Must never panic on what the environment says, nor name a variable wrongly.
 #![expect(unsafe_code, reason = "an inherited descriptor is a number until it is owned")]
 
-use super::channel::{ChannelError, Child};
+use super::channel::{ChannelError, Child, Claim, Reader};
 use bytemuck::Pod;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use std::ffi::OsString;
@@ -88,6 +88,11 @@ impl Environment {
     /// Opens both channels; errors name the variable through which the channel came.
     pub fn attach<C: Pod, S: Pod>(self) -> Result<Child<C, S>, ChannelError> {
         Child::attach(self.control, self.status)
+    }
+
+    /// The same where a predecessor may still write.
+    pub fn open<C: Pod, S: Pod>(self) -> Result<(Reader<C>, Claim<S>), ChannelError> {
+        Child::open(self.control, self.status)
     }
 }
 

@@ -129,11 +129,11 @@ impl Header {
         self.get(AT_OWNER) as u32
     }
 
-    /// Takes over as the one writer (the caller holds the segment's lock). Returns the new epoch.
-    pub fn own(&self) -> u64 {
+    /// Process `pid`, this one, takes over as the one writer (it holds the segment's lock). Returns the new epoch.
+    pub fn own(&self, pid: u32) -> u64 {
         let epoch = self.epoch().wrapping_add(1);
         self.set(AT_EPOCH, epoch);
-        self.set(AT_OWNER, u64::from(std::process::id()));
+        self.set(AT_OWNER, u64::from(pid));
         epoch
     }
 
@@ -220,7 +220,7 @@ mod tests {
     #[test]
     fn the_owner_walks_the_states_and_the_supervisor_buries_it() {
         let header = Header::create(memory(), 1).unwrap();
-        assert_eq!((header.own(), header.owner(), header.epoch()), (1, std::process::id(), 1));
+        assert_eq!((header.own(std::process::id()), header.owner(), header.epoch()), (1, std::process::id(), 1));
         assert!(header.become_state(State::Halt, Actor::Worker).is_err());
         header.become_state(State::Run, Actor::Worker).unwrap();
         assert!(header.become_state(State::Boot, Actor::Supervisor).is_err(), "alive");

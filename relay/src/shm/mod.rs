@@ -31,8 +31,8 @@ pub mod share;
 pub mod state;
 
 pub use bell::Bell;
-pub use bytes::{ByteReader, ByteWriter};
-pub use channel::{ChannelError, ChannelStats, Child, Parent, Reader, Writer};
+pub use bytes::{ByteClaim, ByteReader, ByteWriter};
+pub use channel::{ChannelError, ChannelStats, Child, Claim, Parent, Reader, Writer};
 pub use full::{OfferStats, OnFull, offer};
 pub use header::{HEADER_SIZE, Header, HeaderError};
 pub use heartbeat::{Beat, Liveness, Verdict, coarse_now};

@@ -10,8 +10,9 @@
 //!
 //!   any ──▶ FAIL    supervisor, and only after the worker's pidfd was readable (dead without saying so)
 //!   HALT, FAIL ──▶ BOOT    supervisor, when it prepares the segment for the successor
+//!   BOOT, RUN, FAIL ──▶ BOOT    spare, once it stands in for a worker that died (it has seen the pidfd, and has the baton)
 //! ```
-//! The word has one writer at any time: the living worker, else the supervisor. Must never skip a state: a worker that is told
+//! The word has one writer at any time: the living worker, else its spare if it has one, else the supervisor. Must never skip a state: a worker that is told
 //! to stop in BOOT goes to FAIL (it never ran), so "reached RUN" can be read off the history.
 
 /// What a worker says of itself.
@@ -35,6 +36,8 @@ pub enum Actor {
     Worker,
     /// The supervisor, the worker being dead.
     Supervisor,
+    /// The spare that is the worker now.
+    Spare,
 }
 
 impl State {
@@ -56,6 +59,7 @@ impl State {
                 matches!((self, to), (Self::Boot, Self::Run) | (Self::Run, Self::Halt) | (Self::Boot | Self::Run | Self::Halt, Self::Fail))
             }
             Actor::Supervisor => matches!((self, to), (_, Self::Fail) | (Self::Halt | Self::Fail, Self::Boot)),
+            Actor::Spare => matches!((self, to), (Self::Boot | Self::Run | Self::Fail, Self::Boot)),
         }
     }
 
@@ -86,6 +90,7 @@ mod tests {
         };
         assert_eq!(edges(Actor::Worker), ["boot-run", "boot-fail", "run-halt", "run-fail", "halt-fail"]);
         assert_eq!(edges(Actor::Supervisor), ["boot-fail", "run-fail", "halt-boot", "halt-fail", "fail-boot", "fail-fail"]);
+        assert_eq!(edges(Actor::Spare), ["boot-boot", "run-boot", "fail-boot"]);
         assert_eq!(State::from_word(0), None);
         assert!(ALL.into_iter().all(|state| State::from_word(state as u64) == Some(state)));
     }

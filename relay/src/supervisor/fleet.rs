@@ -9,15 +9,19 @@
 //!                        ▲        drained, 0     │ replace, stop
 //!                        └──────────────────── Draining
 //! ```
-//! A successor starts only after the pidfd of its predecessor is readable (ADOPTION.md: a word does not fence). Nothing
-//! here waits. Must never trust a status segment beyond its bounds.
+//! A successor starts only after the pidfd of its predecessor is readable (ADOPTION.md: a word does not fence); so does a spare
+//! that stands in (`spare.rs`), which the supervisor finds in Starting. Nothing here waits. Must never trust a status segment beyond its bounds.
 
 mod adopt;
+mod process;
 mod silence;
+mod spare;
 
 pub use adopt::KeptWorker;
 
+use self::process::{End, Process};
 use self::silence::Threads;
+use self::spare::{Baton, Reserve};
 use super::backoff::Backoff;
 use super::channels::Meter;
 use super::error::RunError;
@@ -26,18 +30,13 @@ use super::options::{BackendChoice, Options, PipelineChoice, WaitChoice};
 use super::ports::{Ports, egress_capacity};
 use crate::frame::{FRAME_SIZE, Umem};
 use crate::nic::afpacket::Engines;
-use crate::plan::manifest::{COMMAND_DRAIN, COMMAND_STOP, Command, Control, LAYOUT_VERSION, Manifest, WaitMode};
+use crate::plan::manifest::{COMMAND_DRAIN, COMMAND_STOP, Command, Control, LAYOUT_VERSION, Manifest, SpareManifest, WaitMode};
 use crate::plan::status::{FrameStats, StatusPage};
 use crate::plan::work::WorkLayout;
 use crate::shm::{Access, Actor, ChannelStats, HeaderError, Liveness, Reader, Segment, State, Verdict, coarse_now, discovery};
 use crate::sys::Mapping;
-use crate::sys::process::{self, Child, Spawn};
-use nix::errno::Errno;
-use nix::sys::signal::Signal;
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::Pid;
+use crate::sys::process::{Child, Spawn, spawn};
 use std::ffi::CString;
-use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Acquire;
@@ -54,8 +53,9 @@ const GRANT: Duration = Duration::from_millis(50);
 const HUNG_ANYWAY: Duration = Duration::from_secs(1);
 /// A worker that does not reach RUN within this time is replaced.
 const START_LIMIT: Duration = Duration::from_secs(10);
-/// Bytes of one log line of a worker; the rest of a longer one is cut.
-const MAX_LINE: usize = 1024;
+
+/// "Look at your segments", on a life line.
+const DOORBELL: u8 = 1;
 
 /// What a worker is doing, as far as the supervisor knows.
 #[derive(Debug)]
@@ -97,11 +97,10 @@ pub struct Slot {
     doubted: Option<(Duration, Threads)>,
     /// What it does.
     pub phase: Phase,
-    child: Option<Child>,
-    control: Option<Control>,
-    life: Option<OwnedFd>,
-    log: Option<OwnedFd>,
-    line: Vec<u8>,
+    process: Option<Process>,
+    /// Of a process that was a spare, until it is known to have taken over.
+    baton: Option<Baton>,
+    reserve: Reserve,
     generation: u32,
     turns_at_start: u64,
     /// Unplanned replacements.
@@ -132,6 +131,7 @@ pub struct Fleet {
     heartbeat: Duration,
     cpus: Vec<usize>,
     frames: u32,
+    spares: bool,
     start: Instant,
 }
 
@@ -193,6 +193,7 @@ impl Fleet {
             heartbeat: options.heartbeat,
             cpus: options.cpus.clone().unwrap_or_default(),
             frames: options.frames,
+            spares: options.spare,
             start: Instant::now(),
         })
     }
@@ -226,11 +227,9 @@ impl Fleet {
             liveness: Liveness::new(HUNG_AFTER.max(self.heartbeat * HUNG_PERIODS), Duration::ZERO),
             doubted: None,
             phase: Phase::Waiting(Instant::now()),
-            child: None,
-            control: None,
-            life: None,
-            log: None,
-            line: Vec::new(),
+            process: None,
+            baton: None,
+            reserve: Reserve::new(),
             generation: 0,
             turns_at_start: 0,
             restarts: 0,
@@ -261,10 +260,10 @@ impl Fleet {
     /// Starts the processes whose time has come. They inherit the locks: while one of them lives, nobody else serves the
     /// interfaces. Returns whether there were any.
     pub fn start_due(&mut self, now: Instant, ports: &Ports, locks: &[(u32, Lock)]) -> Result<bool, RunError> {
-        let mut any = false;
+        let mut any = self.start_spares(now, ports, locks);
         for index in 0..self.slots.len() {
-            let due = self.slots.get(index).is_some_and(|slot| matches!(slot.phase, Phase::Waiting(at) if now >= at));
-            if due {
+            let is_due = |slot: &Slot| matches!(slot.phase, Phase::Waiting(at) if now >= at) && !slot.reserve.is_leaving();
+            if self.slots.get(index).is_some_and(is_due) {
                 self.spawn(index, ports, locks)?;
                 any = true;
             }
@@ -275,7 +274,7 @@ impl Fleet {
     /// Starts a keeper, as the workers' user.
     pub fn start_keeper(&self, environment: &[(&str, String)], inherit: &[i32]) -> nix::Result<Child> {
         let environment: Vec<CString> = environment.iter().map(|(name, value)| c_string(format!("{name}={value}"))).collect();
-        process::spawn(&Spawn {
+        spawn(&Spawn {
             executable: self.executable.as_fd(),
             arguments: &[c_string("relay-keeper".into())],
             environment: &environment,
@@ -290,25 +289,39 @@ impl Fleet {
     pub fn next_deadline(&self) -> Option<Instant> {
         let deadline = |slot: &Slot| match slot.phase {
             Phase::Waiting(at) => Some(at),
-            Phase::Running => Some(self.start + slot.liveness.deadline()),
+            Phase::Running => Some(self.start + slot.liveness.deadline()).into_iter().chain(slot.spare_due()).min(),
             _ => None,
         };
         self.slots.iter().filter_map(deadline).min()
     }
 
+    /// A cold start.
     fn spawn(&mut self, index: usize, ports: &Ports, locks: &[(u32, Lock)]) -> Result<(), RunError> {
+        let Some(slot) = self.slots.get_mut(index) else { return Ok(()) };
+        slot.prepare().map_err(RunError::failure)?;
+        let process = self.launch(index, None, ports, locks)?;
+        let Some(slot) = self.slots.get_mut(index) else { return Ok(()) };
+        tracing::info!(worker = slot.id, pid = process.child.pid, generation = slot.generation, "worker started");
+        slot.process = Some(process);
+        slot.phase = Phase::Starting(Instant::now());
+        Ok(())
+    }
+
+    /// Starts a process; with a baton, one that waits for the death of the present one.
+    fn launch(&mut self, index: usize, baton: Option<&Baton>, ports: &Ports, locks: &[(u32, Lock)]) -> Result<Process, RunError> {
         use nix::fcntl::OFlag;
         use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-        let Some(id) = self.slots.get(index).map(|slot| slot.id) else { return Ok(()) };
-        let cpus = self.cpus_of(id);
+        let gone = || RunError::failure(format!("no worker {index}"));
+        let cpus = self.slots.get(index).map(|slot| self.cpus_of(slot.id)).ok_or_else(gone)?;
         let (life, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).map_err(failed("socketpair"))?;
         let (log, stderr) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(failed("pipe"))?;
-        let Some(slot) = self.slots.get_mut(index) else { return Ok(()) };
+        let slot = self.slots.get_mut(index).ok_or_else(gone)?;
         slot.generation += 1;
+        let waits_for = baton.and_then(|baton| Some([slot.process.as_ref()?.child.pidfd.as_fd(), baton.as_fd()]));
         let manifest = Manifest {
             version: LAYOUT_VERSION,
-            worker: id,
+            worker: slot.id,
             generation: slot.generation,
             frame_count: self.frames,
             egress_capacity: slot.egress_capacity,
@@ -324,19 +337,19 @@ impl Fleet {
             heartbeat_ms: self.heartbeat.as_millis() as u64,
             ports: ports.manifest(index, self.frames),
             orphans: ports.orphans(index, self.frames),
+            spare: waits_for.map(|[worker, baton]| SpareManifest { worker_fd: worker.as_raw_fd(), baton_fd: baton.as_raw_fd() }),
         };
         let control = Control::create(&manifest).map_err(RunError::failure)?;
         let segments = [control.as_fd(), slot.status_segment.as_fd(), slot.umem.as_fd(), slot.work.as_fd(), slot.tap.as_fd()];
-        let fixed = segments.into_iter().chain([self.rules.as_fd(), theirs.as_fd()]);
+        let fixed = segments.into_iter().chain([self.rules.as_fd(), theirs.as_fd()]).chain(waits_for.into_iter().flatten());
         let locks = locks.iter().map(|(_, lock)| lock.fd.as_raw_fd());
         let inherit: Vec<i32> = fixed.map(|fd| fd.as_raw_fd()).chain(ports.descriptors(index)).chain(locks).collect();
-        slot.prepare().map_err(RunError::failure)?;
         slot.watch_rings(manifest.ports.len()).map_err(RunError::failure)?;
         let environment =
-            discovery::variables(id, &control, &*slot.status_segment).map(|(name, value)| c_string(format!("{name}={value}")));
-        let child = process::spawn(&Spawn {
+            discovery::variables(slot.id, &control, &*slot.status_segment).map(|(name, value)| c_string(format!("{name}={value}")));
+        let child = spawn(&Spawn {
             executable: self.executable.as_fd(),
-            arguments: &[c_string(format!("relay-worker-{id}"))],
+            arguments: &[c_string(format!("relay-worker-{}", slot.id))],
             environment: &environment,
             user: self.user,
             stderr: stderr.as_fd(),
@@ -344,13 +357,7 @@ impl Fleet {
             null: self.null.as_fd(),
         })
         .map_err(failed("starting a worker"))?;
-        tracing::info!(worker = id, pid = child.pid, generation = slot.generation, "worker started");
-        slot.child = Some(child);
-        slot.control = Some(control);
-        slot.life = Some(life);
-        slot.log = Some(log);
-        slot.phase = Phase::Starting(Instant::now());
-        Ok(())
+        Ok(Process::new(child, Some(control), Some(life), Some(log)))
     }
 
     /// Time since the fleet was made.
@@ -396,14 +403,7 @@ impl Fleet {
 
     /// Wakes sleeping workers.
     pub fn ring(&self) {
-        for life in self.slots.iter().filter_map(|slot| slot.life.as_ref()) {
-            // A full socket means that it will wake up anyway.
-            let _ = nix::sys::socket::send(
-                life.as_raw_fd(),
-                &[1],
-                nix::sys::socket::MsgFlags::MSG_DONTWAIT | nix::sys::socket::MsgFlags::MSG_NOSIGNAL,
-            );
-        }
+        self.slots.iter().flat_map(Slot::processes).for_each(|process| process.tell(DOORBELL));
     }
 
     /// Planned replacement of every worker: drain, exit, successor with the present ports.
@@ -417,13 +417,14 @@ impl Fleet {
     }
 
     fn command(&mut self, command: Command, back: bool) {
-        let now = Instant::now();
+        let (now, age) = (Instant::now(), self.age());
         for slot in &mut self.slots {
-            if slot.child.is_none() {
+            slot.dismiss_spare(now, age);
+            let Some(process) = &mut slot.process else {
                 slot.phase = if back { Phase::Waiting(now) } else { Phase::Ended };
                 continue;
-            }
-            if let Some(control) = &mut slot.control {
+            };
+            if let Some(control) = &mut process.control {
                 control.command(command);
             }
             slot.phase = Phase::Draining(now, back);
@@ -433,28 +434,24 @@ impl Fleet {
 
     /// Whether no process is left.
     pub fn all_ended(&self) -> bool {
-        self.slots.iter().all(|slot| slot.child.is_none())
+        self.slots.iter().all(|slot| slot.processes().next().is_none())
     }
 
     /// Ends what is left at once.
     pub fn kill_all(&mut self) {
-        for slot in &mut self.slots {
-            slot.kill();
-        }
+        self.slots.iter().flat_map(Slot::processes).for_each(Process::kill);
     }
 
-    /// What to poll: pidfds, log pipes, life sockets (a worker knocks when it forwards).
+    /// What to poll.
     pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.slots.iter().flat_map(|slot| {
-            let pidfd = slot.child.as_ref().map(|child| child.pidfd.as_fd());
-            [pidfd, slot.log.as_ref().map(AsFd::as_fd), slot.life.as_ref().map(AsFd::as_fd)].into_iter().flatten()
-        })
+        self.slots.iter().flat_map(Slot::processes).flat_map(Process::descriptors)
     }
 
     /// Passes on what workers have written to their stderr.
     pub fn read_logs(&mut self) {
         for slot in &mut self.slots {
-            slot.read_log();
+            let id = slot.id;
+            slot.process.iter_mut().chain(slot.reserve.processes_mut()).for_each(|process| process.read_log(id));
         }
     }
 }
@@ -478,7 +475,12 @@ fn c_string(text: String) -> CString {
 impl Slot {
     /// Process id, 0 between two processes.
     pub fn pid(&self) -> u32 {
-        self.child.as_ref().map_or(0, |child| child.pid)
+        self.process.as_ref().map_or(0, |process| process.child.pid)
+    }
+
+    /// Its process, its spare, and one that leaves.
+    fn processes(&self) -> impl Iterator<Item = &Process> {
+        self.process.iter().chain(self.reserve.processes())
     }
 
     /// Name of the state in `status`.
@@ -504,7 +506,8 @@ impl Slot {
 
     /// Commands given to the process, and bytes of its control segment.
     pub fn control_stats(&self) -> (u64, u64) {
-        self.control.as_ref().map_or((0, 0), |control| (control.sent(), control.memory_bytes()))
+        let control = self.process.as_ref().and_then(|process| process.control.as_ref());
+        control.map_or((0, 0), |control| (control.sent(), control.memory_bytes()))
     }
 
     /// The segment for a successor: back to BOOT.
@@ -536,24 +539,13 @@ impl Slot {
         Some(silent)
     }
 
-    /// Takes the knocks from the life socket; what they mean stands in the status page.
-    fn hear(&self) {
-        use nix::sys::socket::{MsgFlags, recv};
-        let Some(life) = &self.life else { return };
-        let mut bytes = [0; 64];
-        // Bounded: a worker that knocks without end can't hold the supervisor.
-        for _ in 0..4 {
-            if !matches!(recv(life.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT), Ok(1..)) {
-                return;
-            }
-        }
+    /// Whether its process, and not one before it, says that it forwards.
+    fn runs(&self) -> bool {
+        self.status.header.state() == Some(State::Run) && self.status.header.owner() == self.pid()
     }
 
-    fn kill(&mut self) {
-        if let Some(child) = &self.child {
-            // ESRCH: it is dead already, and look() will see it.
-            let _ = process::signal(child.pidfd.as_fd(), Signal::SIGKILL);
-        }
+    fn kill(&self) {
+        self.process.iter().for_each(Process::kill);
     }
 
     fn look(&mut self, now: Instant, age: Duration) -> bool {
@@ -561,11 +553,22 @@ impl Slot {
         if self.reap(now, age) {
             return true;
         }
-        self.hear();
+        self.look_at_spare(now);
+        self.process.iter().for_each(|process| _ = process.hear());
+        let pending = self.is_pending();
         match self.phase {
-            Phase::Starting(since) if self.status.header.state() == Some(State::Run) => {
+            Phase::Starting(since) if pending => {
+                if Self::stands_in_too_late(since) {
+                    tracing::warn!(worker = self.id, "the spare does not stand in: killed");
+                    self.kill();
+                    self.phase = Phase::Killed;
+                }
+                false
+            }
+            Phase::Starting(since) if self.runs() => {
                 tracing::info!(worker = self.id, pid = self.pid(), took = ?since.elapsed(), recovered = self.status.recovered.load(Acquire), "worker forwards");
                 self.phase = Phase::Running;
+                self.reserve.worker_runs(now);
                 self.liveness = self.liveness.restarted(age);
                 self.doubted = None;
                 true
@@ -592,24 +595,24 @@ impl Slot {
         }
     }
 
-    /// Notes the end of the process, if it has ended.
+    /// Notes the end of the process, if it has ended. A spare, if there is one, is the worker then.
     fn reap(&mut self, now: Instant, age: Duration) -> bool {
-        let Some(child) = &self.child else { return false };
-        let (words, clean) = match waitpid(Pid::from_raw(child.pid as i32), Some(WaitPidFlag::WNOHANG)) {
-            // Another supervisor's child: how it ended is known to nobody but its status segment.
-            Err(Errno::ECHILD) if process::has_ended(child.pidfd.as_fd()) => {
-                let halted = self.status.header.state() == Some(State::Halt);
-                (if halted { "made way" } else { "ended without a supervisor" }.into(), halted)
-            }
-            Ok(WaitStatus::StillAlive) | Err(_) => return false,
-            Ok(status) => describe(&status),
-        };
-        if self.status.header.state() != Some(State::Halt) {
+        let header = Arc::clone(&self.status.header);
+        let has_halted = || header.state() == Some(State::Halt);
+        let Some(End { words, clean }) = self.process.as_ref().and_then(|process| process.end(has_halted)) else { return false };
+        let halted = has_halted();
+        let asked = matches!(self.phase, Phase::Draining(..));
+        let spare = if asked || halted { None } else { self.reserve.take() };
+        if !halted && spare.is_none() {
             // From any state, and from a word that is none; so it cannot be refused.
             let _ = self.status.header.become_state(State::Fail, Actor::Supervisor);
         }
-        self.read_log();
-        (self.child, self.control, self.life, self.log) = (None, None, None, None);
+        self.process.iter_mut().for_each(|process| process.read_log(self.id));
+        (self.process, self.baton) = (None, None);
+        if halted {
+            // It left without being asked: no spare stands in for that.
+            self.dismiss_spare(now, age);
+        }
         self.phase = match self.phase {
             Phase::Draining(_, false) => Phase::Ended,
             Phase::Draining(_, true) if clean => Phase::Waiting(now),
@@ -619,41 +622,9 @@ impl Slot {
                 let proved = self.status.header.turns() != self.turns_at_start;
                 let restart = self.backoff.died(age, proved);
                 tracing::warn!(worker = self.id, exit = %words, after = ?restart.after, degraded = restart.degraded, "worker died");
-                Phase::Waiting(now + restart.after)
+                spare.map_or(Phase::Waiting(now + restart.after), |spare| self.stand_in(spare, now))
             }
         };
         true
-    }
-
-    fn read_log(&mut self) {
-        let Some(log) = &self.log else { return };
-        let mut bytes = [0; 4096];
-        let Ok(mut pipe) = log.try_clone().map(std::fs::File::from) else { return };
-        // Bounded, so that a worker that floods its log can't hold the supervisor.
-        for _ in 0..16 {
-            match pipe.read(&mut bytes) {
-                Ok(0) | Err(_) => return,
-                Ok(len) => {
-                    for byte in bytes.iter().take(len) {
-                        match byte {
-                            b'\n' => {
-                                tracing::info!(worker = self.id, "{}", String::from_utf8_lossy(&self.line));
-                                self.line.clear();
-                            }
-                            _ if self.line.len() < MAX_LINE => self.line.push(*byte),
-                            _ => {}
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-fn describe(status: &WaitStatus) -> (String, bool) {
-    match status {
-        WaitStatus::Exited(_, code) => (format!("exit status {code}"), *code == 0),
-        WaitStatus::Signaled(_, signal, _) => (format!("killed by {signal}"), false),
-        other => (format!("{other:?}"), false),
     }
 }

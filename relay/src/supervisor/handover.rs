@@ -19,7 +19,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
 /// Counted up whenever a field below changes its meaning.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Longest text: rules are at most 8 MiB, their slots less.
 const MAX_LEN: u64 = 64 << 20;
 
@@ -152,7 +152,15 @@ mod tests {
             burials: 3,
             rules: vec![KeptRule { text: "a 239.1.1.1:5000 -> b".into(), slot: 3, serial: 7, outputs: vec![4] }],
             next_slots: [4, 5],
-            workers: vec![KeptWorker { pid: 7, generation: 2, restarts: 1, last_exit: "killed by SIGKILL".into() }],
+            workers: vec![KeptWorker {
+                pid: 7,
+                generation: 2,
+                restarts: 1,
+                last_exit: "killed by SIGKILL".into(),
+                spare: 8,
+                promotions: 1,
+                spare_deaths: 0,
+            }],
             retired: BTreeMap::from([("a".into(), [1, 2, 3, 4])]),
             sums: Sums { interfaces: vec![vec![[1, 64]]], drops: vec![([1, 2, 3, 4], [5, 6])], ..Sums::default() },
             counted: Counted { rules: BTreeMap::from([(3, 7)]), outputs: BTreeMap::from([(4, (3, 7))]) },

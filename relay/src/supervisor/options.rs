@@ -93,6 +93,8 @@ pub struct Options {
     pub io_uring: Engines,
     /// `--wait`.
     pub wait: WaitChoice,
+    /// `--spare`: a process for each worker that stands in for it.
+    pub spare: bool,
     /// `--linger`.
     pub linger: Duration,
     /// `--takeover`.

@@ -150,6 +150,7 @@ impl Supervisor {
             pipeline: pipeline.into(),
             wait: wait.clone(),
             uid: self.fleet.uid(),
+            spare: self.fleet.has_spares().then(|| slot.spare_info()),
         };
         self.fleet.slots.iter().map(info).collect()
     }

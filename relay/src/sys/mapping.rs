@@ -3,7 +3,7 @@
 //! Hands out raw pointers only; who reads or writes them says why that is sound.
 #![expect(unsafe_code, reason = "mmap and munmap")]
 
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
@@ -30,6 +30,13 @@ impl Mapping {
         // SAFETY: no fixed address is asked for, so no existing mapping can be replaced.
         let ptr = unsafe { mmap(None, size, prot, flags, fd, offset) }?;
         Ok(Self { ptr, len, writable })
+    }
+
+    /// Has this process's page tables filled for the first `len` bytes, so that no access of them faults (Linux 5.14).
+    pub fn populate(&self, len: usize) -> nix::Result<()> {
+        let advice = if self.writable { MmapAdvise::MADV_POPULATE_WRITE } else { MmapAdvise::MADV_POPULATE_READ };
+        // SAFETY: the range is within our own mapping, and this advice changes nothing in it.
+        unsafe { madvise(self.ptr, len.min(self.len), advice) }
     }
 
     /// First byte.

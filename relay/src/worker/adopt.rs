@@ -1,5 +1,10 @@
-//! From inherited descriptors to a data path that is ready to recover: the Boot state.
+//! From inherited descriptors to a data path that is ready to recover: the Boot state, in two steps.
 //!
+//! ```text
+//! from_environment: descriptors → Mapped      all that can be made while a predecessor works: nothing of its state is read
+//! Mapped::adopt:    Mapped → Adopted          once it is dead: the lock is taken, every index read
+//! ```
+//! A spare waits between the two, in its box (worker/spare.rs), so the second step makes no system call but that for the locks.
 //! Each failure is one line that names the variable, the descriptor or the call. Must never trust a descriptor before
 //! its seals, size and magic have been checked.
 
@@ -10,23 +15,25 @@ use crate::datapath::egress::{Egress, EgressBooks, EgressPort, Lane, PortState};
 use crate::datapath::ingress::{Ingress, IngressParts, IngressPort};
 use crate::datapath::journal::Journal;
 use crate::datapath::latency::{Stamper, stamps};
+use crate::datapath::table::Table;
 use crate::datapath::tap::Tap;
 use crate::frame::HeldMap;
 use crate::frame::{FRAME_SIZE, Pool, RawDesc, Umem};
-use crate::nic::afpacket::{DEFAULT_DEPTH, Engines, PacketReceive, PacketTransmit, Reason};
+use crate::nic::afpacket::{DEFAULT_DEPTH, PacketReceive, PacketTransmit, Reason};
 use crate::nic::afxdp::{self, port::AdoptError};
 use crate::plan::manifest::{Command, Manifest, ManifestError, Orders, PortKind, PortManifest};
 use crate::plan::records::{RULES_LEN, RecordsError, RulesSegment};
 use crate::plan::status::{FrameStats, RUNG_PLAIN, RungReport, StatusError, StatusPage};
-use crate::plan::tap::TapWriter;
+use crate::plan::tap::TapClaim;
 use crate::plan::work::WorkLayout;
 use crate::ring::{self, Consumer, Memory, Producer, RingError};
 use crate::shm::discovery::{Environment, take_fd};
-use crate::shm::{Access, ChannelError, Child, Segment, Writer};
+use crate::shm::{Access, Actor, ChannelError, Claim, Segment, State, Writer, discovery};
 use crate::sys::shared::OutOfMapping;
 use crate::sys::{Mapping, SharedArray, SharedWord};
 use bytemuck::Pod;
 use nix::errno::Errno;
+use std::hash::RandomState;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Release};
@@ -83,6 +90,38 @@ pub enum BootError {
     Orphans(#[from] OrphansError),
 }
 
+/// Everything of a worker that is not its predecessor's.
+pub struct Mapped {
+    /// What the supervisor wants.
+    pub manifest: Manifest,
+    orders: Orders,
+    pub(super) status: StatusPage,
+    claim: Claim<FrameStats>,
+    /// The rules.
+    pub rules: RulesSegment,
+    /// Those in force when it was mapped, or later.
+    pub table: Option<Table>,
+    layout: WorkLayout,
+    umem: Arc<Umem>,
+    work: Arc<Mapping>,
+    ports: Vec<MappedPort>,
+    tap: Option<TapClaim>,
+    /// EOF on it is the supervisor's death.
+    pub life: OwnedFd,
+}
+
+/// A port with everything made for it.
+struct MappedPort {
+    halves: Halves,
+    coalescer: Option<AnyTransmit>,
+}
+
+enum Halves {
+    Absent,
+    Xsk(afxdp::Mapped, afxdp::ledger::PortLedger),
+    Packet(Option<AnyReceive>, AnyTransmit),
+}
+
 /// A worker that has everything but has not started.
 pub struct Adopted {
     /// What the supervisor wants.
@@ -95,6 +134,8 @@ pub struct Adopted {
     pub reports: Writer<FrameStats>,
     /// The rules.
     pub rules: RulesSegment,
+    /// The rules as the data path wants them, perhaps of an older epoch.
+    pub table: Option<Table>,
     /// Ingress side.
     pub ingress: Ingress<AnyReceive>,
     /// Egress side.
@@ -108,19 +149,20 @@ pub struct Adopted {
 }
 
 /// Reads the environment of the process.
-pub fn from_environment() -> Result<Adopted, BootError> {
+pub fn from_environment() -> Result<Mapped, BootError> {
     let environment = Environment::read(|name| std::env::var_os(name))?;
     let said = environment.worker_id;
-    let Child { control, status: reports } = environment.attach::<Command, FrameStats>()?;
+    let (control, claim) = environment.open::<Command, FrameStats>()?;
     let orders = Orders::new(control);
     let manifest = orders.manifest()?;
     if manifest.worker != said {
         return Err(BootError::Identity { said, manifest: manifest.worker });
     }
-    adopt(manifest, orders, reports)
+    map(manifest, orders, claim)
 }
 
-fn inherited(role: &'static str, fd: i32) -> Result<OwnedFd, BootError> {
+/// An inherited descriptor, by its role.
+pub(super) fn inherited(role: &'static str, fd: i32) -> Result<OwnedFd, BootError> {
     take_fd(role, fd).map_err(BootError::from)
 }
 
@@ -129,8 +171,7 @@ fn segment(role: &'static str, fd: i32, len: usize, access: Access) -> Result<Ar
     Ok(segment.map_err(|error| ChannelError::from(error).of(role))?.into_parts().1)
 }
 
-fn adopt(manifest: Manifest, orders: Orders, reports: Writer<FrameStats>) -> Result<Adopted, BootError> {
-    let status = StatusPage::of(reports.segment())?;
+fn map(manifest: Manifest, orders: Orders, claim: Claim<FrameStats>) -> Result<Mapped, BootError> {
     let layout = WorkLayout::new(manifest.frame_count, manifest.egress_capacity);
     let umem_len = manifest.frame_count as usize * FRAME_SIZE as usize;
     let umem = segment("UMEM", manifest.umem_fd, umem_len, Access::ReadWrite)?;
@@ -142,50 +183,119 @@ fn adopt(manifest: Manifest, orders: Orders, reports: Writer<FrameStats>) -> Res
     let work = segment("work segment", manifest.work_fd, layout.len, Access::ReadWrite)?;
     let rules = RulesSegment::join(&segment("rules segment", manifest.rules_fd, RULES_LEN, Access::ReadOnly)?)?;
     let life = inherited("life socket", manifest.life_fd)?;
-    initialise(&work, &layout, &manifest)?;
-    let held = SharedArray::new(&work, layout.held, manifest.frame_count as usize)?;
-    let held_by_senders = SharedArray::new(&work, layout.held_by_senders(manifest.frame_count), manifest.frame_count as usize)?;
-    let mut parts = Parts {
-        umem: Arc::clone(&umem),
-        held: held.clone(),
-        held_by_senders: held_by_senders.clone(),
-        receive: Vec::new(),
-        transmit: Vec::new(),
-        egress: Vec::new(),
-        stamps: Vec::new(),
-        ledgers: Vec::new(),
-        engines: manifest.io_uring,
-        rungs: status.rungs.clone(),
-    };
-    for (number, port) in manifest.ports.iter().enumerate() {
-        parts.adopt_port(&work, &layout, number, port)?;
-    }
-    let orphans = Orphans::new(&work, &layout, &manifest)?;
-    let ledger = Ledger::new(&work, &layout, manifest.frame_count, parts.ledgers)?;
-    let memory: Arc<dyn Memory> = Arc::<Mapping>::clone(&work);
-    let ingress = Ingress::new(IngressParts {
-        umem,
-        pool: Pool::attach(&work, layout.pool, manifest.frame_count)?,
-        journal: Journal::attach(&work, layout.ingress_journal)?,
-        ports: parts.receive,
-        egress: parts.egress,
-        returns: Consumer::attach(Arc::clone(&memory), layout.return_ring)?,
-        counters: status.ingress.clone(),
-        held: HeldMap::new(held),
-        held_by_senders: HeldMap::new(held_by_senders),
-        stamps: parts.stamps,
-        tap: tap(manifest.tap_fd)?,
-    });
-    let books = EgressBooks { counters: status.egress.clone(), ports: status.sends.clone(), latency: status.latency.clone() };
-    let returns = Producer::attach(memory, layout.return_ring)?;
-    let egress = Egress::new(Journal::attach(&work, layout.egress_journal)?, parts.transmit, returns, books);
-    Ok(Adopted { manifest, orders, status, reports, rules, ingress, egress, ledger, life, orphans })
+    let maker = PortMaker { manifest: &manifest, umem: &umem, work: &work, layout: &layout };
+    let ports = manifest.ports.iter().map(|port| maker.make(port)).collect::<Result<_, _>>()?;
+    let tap = tap(manifest.tap_fd)?;
+    let status = StatusPage::of(claim.segment())?;
+    Ok(Mapped { manifest, orders, status, claim, rules, table: None, layout, umem, work, ports, tap, life })
 }
 
 /// A ring that a predecessor has spoiled costs its captures, never the forwarding.
-fn tap(fd: i32) -> Result<Tap, BootError> {
-    let ring = TapWriter::adopt(inherited("tap ring", fd)?);
-    Ok(ring.inspect_err(|error| eprintln!("worker: nothing can be captured: {error}")).map(Tap::new).unwrap_or_default())
+fn tap(fd: i32) -> Result<Option<TapClaim>, BootError> {
+    let ring = TapClaim::open(inherited("tap ring", fd)?);
+    Ok(ring.inspect_err(nothing_captured).ok())
+}
+
+fn nothing_captured(error: &ChannelError) {
+    eprintln!("worker: nothing can be captured: {error}");
+}
+
+/// Makes what ports need in this process.
+struct PortMaker<'a> {
+    manifest: &'a Manifest,
+    umem: &'a Arc<Umem>,
+    work: &'a Arc<Mapping>,
+    layout: &'a WorkLayout,
+}
+
+impl PortMaker<'_> {
+    fn make(&self, port: &PortManifest) -> Result<MappedPort, BootError> {
+        let halves = match port.kind {
+            PortKind::Absent => Halves::Absent,
+            PortKind::Xsk => Self::xsk(port)?,
+            PortKind::Packet => self.packet(port)?,
+        };
+        let coalesces = port.kind != PortKind::Absent && port.coalesce_fd >= 0;
+        Ok(MappedPort { halves, coalescer: coalesces.then(|| self.coalescer(port.coalesce_fd)).transpose()? })
+    }
+
+    fn xsk(port: &PortManifest) -> Result<Halves, BootError> {
+        let fd = inherited("AF_XDP socket", port.receive_fd)?;
+        let failed = |error| BootError::Port { name: port.name.clone(), error };
+        let ledger = afxdp::ledger::PortLedger::open(&fd, port.sizes).map_err(failed)?;
+        Ok(Halves::Xsk(afxdp::map(Arc::new(fd), port.sizes).map_err(failed)?, ledger))
+    }
+
+    fn packet(&self, port: &PortManifest) -> Result<Halves, BootError> {
+        let receive = Some(inherited("receiving AF_PACKET socket", port.receive_fd)?).filter(|_| port.ingress);
+        let send = inherited("sending AF_PACKET socket", port.send_fd)?;
+        let failed = |errno| BootError::Descriptor { role: "receiving AF_PACKET socket", fd: port.receive_fd, errno };
+        let engines = self.manifest.io_uring;
+        let held = self.held()?;
+        let open = |socket| PacketReceive::open(socket, self.umem, DEFAULT_DEPTH, held, engines).map_err(failed);
+        let receive = receive.map(open).transpose()?.map(|receive| AnyReceive::Packet(Box::new(receive)));
+        let transmit = PacketTransmit::open(send, self.umem, DEFAULT_DEPTH, self.held_by_senders()?, engines);
+        Ok(Halves::Packet(receive, AnyTransmit::Packet(Box::new(transmit))))
+    }
+
+    fn coalescer(&self, fd: i32) -> Result<AnyTransmit, BootError> {
+        let socket = inherited("AF_PACKET socket for super-frames", fd)?;
+        Ok(AnyTransmit::Packet(Box::new(PacketTransmit::coalesce(socket, self.umem, self.held_by_senders()?))))
+    }
+
+    fn held(&self) -> Result<SharedArray<u8>, OutOfMapping> {
+        SharedArray::new(self.work, self.layout.held, self.manifest.frame_count as usize)
+    }
+
+    fn held_by_senders(&self) -> Result<SharedArray<u8>, OutOfMapping> {
+        let frames = self.manifest.frame_count;
+        SharedArray::new(self.work, self.layout.held_by_senders(frames), frames as usize)
+    }
+}
+
+impl Mapped {
+    /// Has done now what would take time, or a call that the box does not have, later: page tables, the seed of hash tables. Page
+    /// tables that the kernel refuses to fill cost their faults.
+    pub fn populate(&self) {
+        let _ = RandomState::new();
+        let rings = self.layout.egress_ring(self.manifest.ports.len());
+        let _ = self.work.populate(rings).and_then(|()| self.umem.populate());
+    }
+
+    /// Goes on where the predecessor has stopped for ever.
+    pub fn adopt(self) -> Result<Adopted, BootError> {
+        let Self { manifest, orders, status, claim, rules, table, layout, umem, work, ports, tap, life } = self;
+        let reports = claim.take().map_err(|error| error.of(discovery::STATUS))?;
+        if manifest.spare.is_some() {
+            status.header.become_state(State::Boot, Actor::Spare).map_err(ChannelError::from)?;
+        }
+        initialise(&work, &layout, &manifest)?;
+        let mut parts = Parts::new(status.rungs.clone());
+        for (number, (port, mapped)) in manifest.ports.iter().zip(ports).enumerate() {
+            parts.adopt_port((&work, &layout), number, port, mapped)?;
+        }
+        let orphans = Orphans::new(&work, &layout, &manifest)?;
+        let ledger = Ledger::new(&work, &layout, manifest.frame_count, parts.ledgers)?;
+        let memory: Arc<dyn Memory> = Arc::<Mapping>::clone(&work);
+        let frames = manifest.frame_count as usize;
+        let ingress = Ingress::new(IngressParts {
+            umem,
+            pool: Pool::attach(&work, layout.pool, manifest.frame_count)?,
+            journal: Journal::attach(&work, layout.ingress_journal)?,
+            ports: parts.receive,
+            egress: parts.egress,
+            returns: Consumer::attach(Arc::clone(&memory), layout.return_ring)?,
+            counters: status.ingress.clone(),
+            held: HeldMap::new(SharedArray::new(&work, layout.held, frames)?),
+            held_by_senders: HeldMap::new(SharedArray::new(&work, layout.held_by_senders(manifest.frame_count), frames)?),
+            stamps: parts.stamps,
+            tap: tap.and_then(|tap| tap.take().inspect_err(nothing_captured).ok()).map(Tap::new).unwrap_or_default(),
+        });
+        let books = EgressBooks { counters: status.egress.clone(), ports: status.sends.clone(), latency: status.latency.clone() };
+        let returns = Producer::attach(memory, layout.return_ring)?;
+        let egress = Egress::new(Journal::attach(&work, layout.egress_journal)?, parts.transmit, returns, books);
+        Ok(Adopted { manifest, orders, status, reports, rules, table, ingress, egress, ledger, life, orphans })
+    }
 }
 
 /// Fills a fresh work segment; leaves one that a predecessor has used as it is, but for rings of ports it did not have.
@@ -210,24 +320,34 @@ fn ensure_ring<T: Pod>(work: &Arc<Mapping>, offset: usize, capacity: u32) -> Res
 }
 
 struct Parts {
-    umem: Arc<Umem>,
-    held: SharedArray<u8>,
-    held_by_senders: SharedArray<u8>,
     receive: Vec<IngressPort<AnyReceive>>,
     transmit: Vec<EgressPort<AnyTransmit>>,
     egress: Vec<Option<Producer<RawDesc>>>,
     stamps: Vec<Option<Stamper>>,
     ledgers: Vec<afxdp::ledger::PortLedger>,
-    engines: Engines,
     rungs: SharedArray<RungReport>,
 }
 
 impl Parts {
-    fn adopt_port(&mut self, work: &Arc<Mapping>, layout: &WorkLayout, number: usize, port: &PortManifest) -> Result<(), BootError> {
-        let (receive, transmit) = match port.kind {
-            PortKind::Xsk => self.adopt_xsk(port)?,
-            PortKind::Packet => self.adopt_packet(port)?,
-            PortKind::Absent => {
+    const fn new(rungs: SharedArray<RungReport>) -> Self {
+        Self { receive: Vec::new(), transmit: Vec::new(), egress: Vec::new(), stamps: Vec::new(), ledgers: Vec::new(), rungs }
+    }
+
+    fn adopt_port(
+        &mut self,
+        (work, layout): (&Arc<Mapping>, &WorkLayout),
+        number: usize,
+        port: &PortManifest,
+        MappedPort { halves, coalescer }: MappedPort,
+    ) -> Result<(), BootError> {
+        let (receive, transmit) = match halves {
+            Halves::Xsk(mapped, ledger) => {
+                self.ledgers.push(ledger);
+                let (receive, transmit) = mapped.go_on(port.depth);
+                (Some(AnyReceive::Xsk(receive)).filter(|_| port.ingress), AnyTransmit::Xsk(transmit))
+            }
+            Halves::Packet(receive, transmit) => (receive, transmit),
+            Halves::Absent => {
                 if port.ingress {
                     self.receive.push(IngressPort { receive: AnyReceive::Absent(NoReceive), number, ifindex: port.ifindex });
                 }
@@ -236,44 +356,19 @@ impl Parts {
                 return Ok(());
             }
         };
-        let rung = if port.ingress { receive.rung() } else { transmit.rung() };
+        let rung = receive.as_ref().map_or_else(|| transmit.rung(), AnyReceive::rung);
         if rung.rung == RUNG_PLAIN && rung != self.rungs.get(number) {
             eprintln!("worker: port {}: af_packet_plain: {}", port.name, Reason::from_raw(rung.errno));
         }
         self.rungs.set(number, rung);
-        if port.ingress {
-            self.receive.push(IngressPort { receive, number, ifindex: port.ifindex });
-        }
+        self.receive.extend(receive.map(|receive| IngressPort { receive, number, ifindex: port.ifindex }));
         let memory: Arc<dyn Memory> = Arc::<Mapping>::clone(work);
         let ring = Consumer::attach(Arc::clone(&memory), layout.egress_ring(number))?;
-        let coalescer = if port.coalesce_fd < 0 { None } else { Some(self.adopt_coalescer(port.coalesce_fd)?) };
         let (stamper, meter) = stamps()?;
         let state = PortState::default();
         self.transmit.push(EgressPort { transmit, coalescer, lane: Lane::Direct, ring, number, state, meter: Some(meter) });
         self.stamps.push(Some(stamper));
         self.egress.push(if port.egress { Some(Producer::attach(memory, layout.egress_ring(number))?) } else { None });
         Ok(())
-    }
-
-    fn adopt_packet(&self, port: &PortManifest) -> Result<(AnyReceive, AnyTransmit), BootError> {
-        let receive = inherited("receiving AF_PACKET socket", port.receive_fd)?;
-        let send = inherited("sending AF_PACKET socket", port.send_fd)?;
-        let failed = |errno| BootError::Descriptor { role: "receiving AF_PACKET socket", fd: port.receive_fd, errno };
-        let receive = PacketReceive::open(receive, &self.umem, DEFAULT_DEPTH, self.held.clone(), self.engines).map_err(failed)?;
-        let transmit = PacketTransmit::open(send, &self.umem, DEFAULT_DEPTH, self.held_by_senders.clone(), self.engines);
-        Ok((AnyReceive::Packet(Box::new(receive)), AnyTransmit::Packet(Box::new(transmit))))
-    }
-
-    fn adopt_coalescer(&self, fd: i32) -> Result<AnyTransmit, BootError> {
-        let socket = inherited("AF_PACKET socket for super-frames", fd)?;
-        Ok(AnyTransmit::Packet(Box::new(PacketTransmit::coalesce(socket, &self.umem, self.held_by_senders.clone()))))
-    }
-
-    fn adopt_xsk(&mut self, port: &PortManifest) -> Result<(AnyReceive, AnyTransmit), BootError> {
-        let fd = inherited("AF_XDP socket", port.receive_fd)?;
-        let failed = |error| BootError::Port { name: port.name.clone(), error };
-        self.ledgers.push(afxdp::ledger::PortLedger::open(&fd, port.sizes).map_err(failed)?);
-        let (receive, transmit) = afxdp::adopt(Arc::new(fd), port.sizes, port.depth).map_err(failed)?;
-        Ok((AnyReceive::Xsk(receive), AnyTransmit::Xsk(transmit)))
     }
 }

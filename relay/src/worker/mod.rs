@@ -14,6 +14,7 @@ pub mod recovery;
 pub mod run;
 pub mod sandbox;
 pub mod snapshot;
+pub mod spare;
 pub mod team;
 pub mod wait;
 
@@ -22,20 +23,41 @@ use std::process::ExitCode;
 /// Exit code of a worker that was started wrongly (INTERFACE.md: bad input or unavailable resource).
 const BAD_START: u8 = 2;
 
+/// Why a worker ended.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Boot(#[from] adopt::BootError),
+    #[error(transparent)]
+    Run(#[from] run::RunError),
+}
+
 /// Entry of the process; `RELAY_WORKER_ID` is set.
 pub fn main() -> ExitCode {
-    let adopted = match adopt::from_environment() {
-        Ok(adopted) => adopted,
-        Err(error) => {
-            eprintln!("worker: {error}");
-            return ExitCode::from(BAD_START);
-        }
-    };
-    match run::run(adopted) {
+    match work() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("worker: {error}");
-            ExitCode::FAILURE
+            if matches!(error, Failure::Boot(_)) { ExitCode::from(BAD_START) } else { ExitCode::FAILURE }
         }
     }
+}
+
+fn work() -> Result<(), Failure> {
+    let mut mapped = adopt::from_environment()?;
+    let watch = mapped.manifest.spare.map(spare::Watch::open).transpose()?;
+    let mut crew = run::Crew::hire(&mapped.manifest)?;
+    if let Some(watch) = watch {
+        mapped.populate();
+        spare::refresh(&mut mapped);
+        crew.close_box(&mapped.manifest);
+        let stands_in = watch.wait(&mut mapped);
+        // No descriptor can be closed in the box; the kernel does it at the end.
+        std::mem::forget(watch);
+        if !stands_in {
+            std::mem::forget(mapped);
+            return Ok(());
+        }
+    }
+    Ok(run::run(mapped.adopt()?, crew)?)
 }

@@ -1,5 +1,7 @@
 //! The Run state: recover → prime → turns with housekeeping → drain → halt, fused (one thread) or split (two).
 //!
+//! What needs calls that the box does not have (the egress thread, a CPU) is made before: the [`Crew`].
+//!
 //! Two spinning threads and fewer CPUs than they and their neighbours need: then a thread that has nothing to do, or that
 //! has filled a ring for the other, gives its CPU away (sched_yield, one a turn at most). Waiting for the scheduler's slice
 //! to end overflowed the egress ring; never where the worker has one thread or CPUs enough.
@@ -25,13 +27,14 @@ use crate::plan::records::{RecordsError, RulesSegment};
 use crate::plan::status::{FrameStats, StatusPage};
 use crate::ring::memory::{Heap, LINE_SIZE};
 use crate::ring::{SleepFlag, Words};
-use crate::shm::{Actor, Bell, HeaderError, State, Writer, coarse_now};
+use crate::shm::{Actor, HeaderError, State, Writer, coarse_now};
 use crate::sys::SharedArray;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 /// Turns between two looks at the clock while packets flow.
@@ -63,34 +66,105 @@ pub enum RunError {
     Thread(String),
 }
 
+/// The threads of a worker, each on its CPU: what is made before its box closes.
+pub struct Crew {
+    mate: Option<Mate>,
+    crowded: bool,
+    boxed: bool,
+}
+
+impl Crew {
+    /// Pins this thread, and starts the egress thread if there is to be one; it waits for its work.
+    pub fn hire(manifest: &Manifest) -> Result<Self, RunError> {
+        // Asked by a thread that is pinned already, the kernel would count one CPU.
+        let crowded = is_crowded(manifest);
+        manifest.cpus.first().map_or(Ok(()), |cpu| pin(*cpu))?;
+        let mate = if manifest.split { Some(Mate::hire(manifest, crowded)?) } else { None };
+        Ok(Self { mate, crowded, boxed: false })
+    }
+
+    /// What the worker is made of is known now, and no thread follows. A kernel without the filter is said, not fatal: the
+    /// worker has no capability and no descriptor that it does not need.
+    pub fn close_box(&mut self, manifest: &Manifest) {
+        let is_packet = |port: &PortManifest| port.kind == PortKind::Packet;
+        let parts = sandbox::Parts {
+            split: manifest.split,
+            packet: manifest.ports.iter().any(is_packet),
+            coalesce: manifest.ports.iter().any(|port| port.coalesce_fd >= 0),
+            spare: manifest.spare.is_some(),
+            ports: manifest.ports.len(),
+        };
+        if !std::mem::replace(&mut self.boxed, true)
+            && let Err(error) = sandbox::close(parts)
+        {
+            eprintln!("worker: not confined: {error}");
+        }
+    }
+}
+
 /// Runs an adopted worker to its end.
-pub fn run(adopted: Adopted) -> Result<(), RunError> {
+pub fn run(adopted: Adopted, crew: Crew) -> Result<(), RunError> {
     let status = adopted.status.clone();
-    let result = Worker::start(adopted).and_then(Worker::run);
+    let result = Worker::start(adopted, crew).and_then(Worker::run);
     let end = if result.is_ok() { State::Halt } else { State::Fail };
     status.header.become_state(end, Actor::Worker).map_err(RunError::from).and(result)
 }
 
-/// What both threads of a split worker share: the egress thread's pulse and its bed.
+/// What both threads of a split worker share.
+#[derive(Default)]
 struct Link {
     stop: AtomicBool,
     turns: AtomicU64,
-    bell: Bell,
 }
 
 /// The egress thread, from the ingress thread's side.
 struct Mate {
     link: Arc<Link>,
     asleep: SleepFlag,
+    thread: Thread,
+    work: SyncSender<Egress<AnyTransmit>>,
     done: Receiver<Egress<AnyTransmit>>,
 }
 
 impl Mate {
+    fn hire(manifest: &Manifest, crowded: bool) -> Result<Self, RunError> {
+        let failed = |error: String| RunError::Thread(error);
+        let memory = Arc::new(Heap::new(LINE_SIZE));
+        let word = || Words::new(memory.clone(), 0, 1).ok_or_else(|| failed("no memory for the sleep flag".into()));
+        let (asleep, sleeper) = (SleepFlag::waker(word()?), SleepFlag::sleeper(word()?));
+        let link = Arc::<Link>::default();
+        let (ours, cpu) = (Arc::clone(&link), manifest.cpus.get(1).copied());
+        let policy = WaitPolicy::new(manifest.wait, MAX_SLEEP);
+        let (started, ready) = sync_channel(1);
+        let (work, given) = sync_channel(1);
+        let (finished, done) = sync_channel(1);
+        let thread = move || {
+            // A CPU that can't be used was refused for the first thread already; here the inherited affinity is the fall-back.
+            let _ = cpu.map(pin);
+            // All receivers live as long as the process, unless the other thread has failed: then this one has no work left.
+            let _ = started.send(());
+            if let Ok(egress) = given.recv() {
+                let _ = finished.send(egress_thread(egress, &ours, sleeper, policy, crowded));
+            }
+            // The end of a thread takes calls that the box does not have; the end of the process takes it along.
+            loop {
+                std::thread::park();
+            }
+        };
+        let thread = std::thread::Builder::new().name("egress".into()).spawn(thread).map_err(|error| failed(error.to_string()))?;
+        ready.recv().map_err(|_| failed("panicked".into()))?;
+        Ok(Self { link, asleep, thread: thread.thread().clone(), work, done })
+    }
+
+    /// Gives it its half.
+    fn begin(&self, egress: Egress<AnyTransmit>) -> Result<(), RunError> {
+        self.work.send(egress).map_err(|_| RunError::Thread("panicked".into()))
+    }
+
     /// Wakes the egress thread if it sleeps (ring/sleep.rs says why none is missed).
     fn wake(&mut self) {
         if self.asleep.must_ring() {
-            // A bell that cannot be rung leaves a sleep that is bounded.
-            let _ = self.link.bell.ring();
+            self.thread.unpark();
         }
     }
 
@@ -130,12 +204,9 @@ struct Worker {
 }
 
 impl Worker {
-    fn start(adopted: Adopted) -> Result<Self, RunError> {
-        let Adopted { manifest, orders, status, reports, rules, mut ingress, mut egress, ledger, life, orphans } = adopted;
-        if let Some(cpu) = manifest.cpus.first() {
-            pin(*cpu)?;
-            status.set_cpu(*cpu);
-        }
+    fn start(adopted: Adopted, mut crew: Crew) -> Result<Self, RunError> {
+        let Adopted { manifest, orders, status, reports, rules, table, mut ingress, mut egress, ledger, life, orphans } = adopted;
+        manifest.cpus.iter().take(1).for_each(|cpu| status.set_cpu(*cpu));
         let orphans = orphans.without(&ingress.frames_in_hand());
         let egress_state = egress.recover();
         let (ingress_state, replayed) = ingress.recover(|epoch| snapshot::load(&rules, epoch).ok());
@@ -144,14 +215,20 @@ impl Worker {
         status.recovered.store(ingress_state | egress_state << 8, Release);
         status.replayed.store(status.replayed.load(Acquire) + u64::from(replayed), Release);
         status.reclaimed.store(status.reclaimed.load(Acquire) + u64::from(reclaimed), Release);
-        let table = snapshot::load(&rules, rules.epoch())?;
+        let table = match table.filter(|table| table.epoch() == rules.epoch()) {
+            Some(table) => table,
+            None => snapshot::load(&rules, rules.epoch())?,
+        };
         ingress.prime();
         let period = Duration::from_millis(manifest.heartbeat_ms.max(1));
         let policy = WaitPolicy::new(manifest.wait, MAX_SLEEP.min(period / 2));
-        let pipeline = if manifest.split { split(&manifest, egress)? } else { Pipeline::Fused(egress) };
+        let pipeline = match crew.mate.take() {
+            Some(mate) => mate.begin(egress).map(|()| Pipeline::Split(mate))?,
+            None => Pipeline::Fused(egress),
+        };
         let now = Instant::now();
         let mut worker = Self {
-            crowded: is_crowded(&manifest),
+            crowded: crew.crowded,
             turns: status.header.turns(),
             manifest,
             orders,
@@ -173,27 +250,11 @@ impl Worker {
         worker.port_counters = vec![ReceiveCounters::default(); worker.ingress.ports().len()];
         worker.adopt_table(table);
         worker.beat();
-        worker.close_box();
+        crew.close_box(&worker.manifest);
         worker.status.commands.store(0, Release);
         worker.status.header.become_state(State::Run, Actor::Worker)?;
         wait::knock(&worker.life);
         Ok(worker)
-    }
-
-    /// What this worker is made of is known now, and no thread follows. A kernel without the filter is said, not fatal: the
-    /// worker has no capability and no descriptor that it does not need.
-    fn close_box(&self) {
-        let is_packet = |port: &PortManifest| port.kind == PortKind::Packet;
-        let ports = &self.manifest.ports;
-        let parts = sandbox::Parts {
-            split: self.manifest.split,
-            packet: ports.iter().any(is_packet),
-            coalesce: ports.iter().any(|port| port.coalesce_fd >= 0),
-            ports: ports.len(),
-        };
-        if let Err(error) = sandbox::close(parts) {
-            eprintln!("worker: not confined: {error}");
-        }
     }
 
     /// Swaps the snapshot: counters of new rules start at 0, then the supervisor is told.
@@ -374,7 +435,6 @@ impl Worker {
 fn is_crowded(manifest: &Manifest) -> bool {
     manifest.split
         && match manifest.cpus.as_slice() {
-            // Asked by a thread that is pinned already, the kernel would count one CPU.
             [ingress, others @ ..] => others.iter().all(|cpu| cpu == ingress),
             [] => std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() < CROWDED_BELOW),
         }
@@ -393,33 +453,6 @@ fn zero_if_new<Z: IntoIterator<Item = (usize, Counter)>>(
         }
         serials.set(slot as usize, serial);
     }
-}
-
-fn split(manifest: &Manifest, egress: Egress<AnyTransmit>) -> Result<Pipeline, RunError> {
-    let failed = |error: String| RunError::Thread(error);
-    let bell = Bell::new().map_err(|errno| failed(errno.to_string()))?;
-    let link = Arc::new(Link { stop: AtomicBool::new(false), turns: AtomicU64::new(0), bell });
-    let memory = Arc::new(Heap::new(LINE_SIZE));
-    let word = || Words::new(memory.clone(), 0, 1).ok_or_else(|| failed("no memory for the sleep flag".into()));
-    let (asleep, sleeper) = (SleepFlag::waker(word()?), SleepFlag::sleeper(word()?));
-    let (ours, cpu) = (Arc::clone(&link), manifest.cpus.get(1).copied());
-    let (policy, crowded) = (WaitPolicy::new(manifest.wait, MAX_SLEEP), is_crowded(manifest));
-    let (started, ready) = sync_channel(1);
-    let (finished, done) = sync_channel(1);
-    let thread = move || {
-        // A CPU that can't be used was refused for the first thread already; here the inherited affinity is the fall-back.
-        let _ = cpu.map(pin);
-        // Both receivers live as long as the process, unless the other thread has failed: then this one has no work left.
-        let _ = started.send(());
-        let _ = finished.send(egress_thread(egress, &ours, sleeper, policy, crowded));
-        // The end of a thread takes calls that the box does not have; the end of the process takes it along.
-        loop {
-            std::thread::park();
-        }
-    };
-    std::thread::Builder::new().name("egress".into()).spawn(thread).map_err(|error| failed(error.to_string()))?;
-    ready.recv().map_err(|_| failed("panicked".into()))?;
-    Ok(Pipeline::Split(Mate { link, asleep, done }))
 }
 
 fn egress_thread(
@@ -444,8 +477,7 @@ fn egress_thread(
             }
             continue;
         };
-        // A bell that cannot be waited for is a sleep of no length: it spins.
-        sleeper.sleep_unless(|| egress.turn() > 0 || link.stop.load(Acquire), || _ = link.bell.wait(bound));
+        sleeper.sleep_unless(|| egress.turn() > 0 || link.stop.load(Acquire), || std::thread::park_timeout(bound));
     }
     egress
 }

@@ -5,22 +5,23 @@
 //! | sendto | wake-up of a TX ring; a knock on the life socket | no buffer, or at most one byte |
 //! | recvfrom | life socket, wake-up of a fill ring | |
 //! | poll, ppoll | sleep | |
-//! | write | standard error, doorbell of the egress thread | at most 4 KiB |
+//! | write | standard error | at most 4 KiB |
 //! | mmap, munmap, mremap, brk | the table of new rules | anonymous, never executable |
 //! | clock_gettime | machines whose clock is not in the vDSO | |
 //! | restart_syscall | a sleep that SIGSTOP has cut | |
 //! | sigaltstack, exit_group | the end | |
-//! | futex, read, sched_yield | split only: end of the egress thread, its doorbell, crowded CPUs | |
+//! | futex, sched_yield | split only: sleep and end of the egress thread, crowded CPUs | |
+//! | fcntl | a spare only: the locks of what it is to write, once its worker is dead | F_OFD_SETLK |
 //! | sendmmsg | ports that send super-frames | |
 //! | getsockopt, io_uring_enter, io_uring_register, recvmmsg, sendmmsg | packet ports only | register: ENABLE_RINGS alone |
 //!
-//! 12 calls for AF_XDP ports, 15 when split. Anything else kills the process (SECCOMP_RET_KILL_PROCESS); the supervisor sees
+//! 12 calls for AF_XDP ports, 14 when split, one more in a spare. Anything else kills the process (SECCOMP_RET_KILL_PROCESS); the supervisor sees
 //! SIGSYS, counts a restart and starts a successor. Must be closed after the last thread was started, and never be opened:
 //! the kernel has no call for that.
 
 use libc::{
-    SYS_brk, SYS_clock_gettime, SYS_exit_group, SYS_futex, SYS_getsockopt, SYS_io_uring_enter, SYS_io_uring_register, SYS_mmap, SYS_mremap,
-    SYS_munmap, SYS_ppoll, SYS_read, SYS_recvfrom, SYS_recvmmsg, SYS_restart_syscall, SYS_sched_yield, SYS_sendmmsg, SYS_sendto,
+    SYS_brk, SYS_clock_gettime, SYS_exit_group, SYS_fcntl, SYS_futex, SYS_getsockopt, SYS_io_uring_enter, SYS_io_uring_register, SYS_mmap,
+    SYS_mremap, SYS_munmap, SYS_ppoll, SYS_recvfrom, SYS_recvmmsg, SYS_restart_syscall, SYS_sched_yield, SYS_sendmmsg, SYS_sendto,
     SYS_sigaltstack, SYS_write,
 };
 use nix::sys::resource::{Resource, setrlimit};
@@ -41,6 +42,8 @@ pub struct Parts {
     pub packet: bool,
     /// A port that sends super-frames.
     pub coalesce: bool,
+    /// It waits to stand in for a worker.
+    pub spare: bool,
     /// Ports (descriptors to poll).
     pub ports: usize,
 }
@@ -108,7 +111,10 @@ fn rules(parts: Parts) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> 
         SYS_ppoll,
     ];
     if parts.split {
-        allow.extend([SYS_futex, SYS_read, SYS_sched_yield]);
+        allow.extend([SYS_futex, SYS_sched_yield]);
+    }
+    if parts.spare {
+        rules.insert(SYS_fcntl, vec![one(1, Op::Eq, libc::F_OFD_SETLK as u64)?]);
     }
     if parts.coalesce {
         allow.push(SYS_sendmmsg);
@@ -139,7 +145,8 @@ mod tests {
     fn the_lists_are_short_and_have_no_way_out() {
         let xsk = rules(Parts { ports: 2, ..Parts::default() }).unwrap();
         let split = rules(Parts { split: true, ports: 2, ..Parts::default() }).unwrap();
-        assert_eq!((xsk.len(), split.len()), (12, 15));
+        let spare = rules(Parts { split: true, ports: 2, spare: true, ..Parts::default() }).unwrap();
+        assert_eq!((xsk.len(), split.len(), spare.len()), (12, 14, 15));
         for call in [
             libc::SYS_socket,
             libc::SYS_openat,
@@ -150,8 +157,8 @@ mod tests {
             libc::SYS_mprotect,
             libc::SYS_bpf,
         ] {
-            assert!(!split.contains_key(&call), "{call}");
+            assert!(!spare.contains_key(&call), "{call}");
         }
-        assert!(filter(Parts { packet: true, split: true, coalesce: true, ports: 2 }).is_ok());
+        assert!(filter(Parts { packet: true, split: true, coalesce: true, spare: true, ports: 2 }).is_ok());
     }
 }

@@ -11,4 +11,4 @@ pub mod rings;
 mod sending;
 
 pub use create::{PortError, PortSocket, SocketSpec};
-pub use port::{XskReceive, XskTransmit, adopt};
+pub use port::{Mapped, XskReceive, XskTransmit, map};

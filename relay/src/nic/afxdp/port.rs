@@ -30,34 +30,56 @@ pub enum AdoptError {
 /// Wake-ups per flush at most.
 const MAX_KICKS: u32 = 64;
 
-/// Maps the rings of a bound socket. `depth`: frames that shall stand in the fill ring (0 on an egress-only port).
-pub fn adopt(fd: Arc<OwnedFd>, sizes: RingSizes, depth: u32) -> Result<(XskReceive, XskTransmit), AdoptError> {
+/// The four rings of a bound socket, mapped. Their indices may still be another process's.
+#[derive(Debug)]
+pub struct Mapped {
+    rx: KernelRing<RawDesc>,
+    tx: KernelRing<RawDesc>,
+    fill: KernelRing<u64>,
+    completion: KernelRing<u64>,
+    is_copying: bool,
+    fd: Arc<OwnedFd>,
+}
+
+/// Maps the rings of a bound socket.
+pub fn map(fd: Arc<OwnedFd>, sizes: RingSizes) -> Result<Mapped, AdoptError> {
     let [rx_at, tx_at, fill_at, completion_at] = xdp::ring_offsets(&fd.as_fd()).map_err(AdoptError::Offsets)?;
-    let rx = KernelRing::map(&fd, Ring::Rx, sizes.rx, rx_at)?;
-    let tx = KernelRing::map(&fd, Ring::Tx, sizes.tx, tx_at)?;
-    let fill = KernelRing::map(&fd, Ring::Fill, sizes.fill, fill_at)?;
-    let completion = KernelRing::map(&fd, Ring::Completion, sizes.completion, completion_at)?;
-    let receive = XskReceive {
-        position: rx.consumer(),
-        taken: 0,
-        fill_position: fill.producer(),
-        depth: depth.min(sizes.fill),
-        counters: ReceiveCounters::default(),
-        rx,
-        fill,
-        fd: Arc::clone(&fd),
-    };
-    let transmit = XskTransmit {
-        position: tx.producer(),
-        put: 0,
-        reap_position: completion.consumer(),
-        sending: Sending::new(sizes.tx, tx.consumer()),
+    Ok(Mapped {
+        rx: KernelRing::map(&fd, Ring::Rx, sizes.rx, rx_at)?,
+        tx: KernelRing::map(&fd, Ring::Tx, sizes.tx, tx_at)?,
+        fill: KernelRing::map(&fd, Ring::Fill, sizes.fill, fill_at)?,
+        completion: KernelRing::map(&fd, Ring::Completion, sizes.completion, completion_at)?,
         is_copying: !xdp::is_zero_copy(&fd.as_fd()).unwrap_or(false),
-        tx,
-        completion,
         fd,
-    };
-    Ok((receive, transmit))
+    })
+}
+
+impl Mapped {
+    /// Goes on where the indices stand. `depth`: frames that shall stand in the fill ring (0 on an egress-only port).
+    pub fn go_on(self, depth: u32) -> (XskReceive, XskTransmit) {
+        let Self { rx, tx, fill, completion, is_copying, fd } = self;
+        let receive = XskReceive {
+            position: rx.consumer(),
+            taken: 0,
+            fill_position: fill.producer(),
+            depth: depth.min(fill.size()),
+            counters: ReceiveCounters::default(),
+            rx,
+            fill,
+            fd: Arc::clone(&fd),
+        };
+        let transmit = XskTransmit {
+            position: tx.producer(),
+            put: 0,
+            reap_position: completion.consumer(),
+            sending: Sending::new(tx.size(), tx.consumer()),
+            is_copying,
+            tx,
+            completion,
+            fd,
+        };
+        (receive, transmit)
+    }
 }
 
 /// Receiving half: RX ring and fill ring.

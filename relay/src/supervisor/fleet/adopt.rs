@@ -2,19 +2,18 @@
 //!
 //! Must never start a successor before the old process has made way; its status segment's lock is the fence if that fails.
 
+use super::process::Process;
 use super::{Fleet, Memory, Phase, Slot};
 use crate::frame::{FRAME_SIZE, Umem};
 use crate::keeper::{Entry, Role, Table, TableError};
-use crate::plan::manifest::RELIEVE;
 use crate::plan::status::StatusPage;
 use crate::plan::work::WorkLayout;
 use crate::shm::{Access, Segment};
 use crate::supervisor::error::RunError;
 use crate::supervisor::options::Options;
 use crate::sys::process::Child;
-use nix::sys::socket::{MsgFlags, send};
 use serde::{Deserialize, Serialize};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 /// A worker, as a successor has to know it.
@@ -29,6 +28,24 @@ pub struct KeptWorker {
     pub restarts: u64,
     /// How the last one ended.
     pub last_exit: String,
+    /// Its spare's process, 0 if there is none.
+    pub spare: u32,
+    /// Times that a spare has stood in.
+    pub promotions: u64,
+    /// Spares that died as such.
+    pub spare_deaths: u64,
+}
+
+/// What the keeper is to hold of a process.
+pub(super) fn keep_process<'a>(process: &'a Process, key: &str) -> Vec<(Entry, BorrowedFd<'a>)> {
+    let parts = [(Role::Life, process.life.as_ref()), (Role::Log, process.log.as_ref()), (Role::Process, Some(&process.child.pidfd))];
+    parts.into_iter().filter_map(|(role, fd)| Some((Entry::new(role, key), fd?.as_fd()))).collect()
+}
+
+/// A predecessor's process.
+pub(super) fn take_process(pid: u32, key: &str, table: &mut Table) -> Result<Process, TableError> {
+    let child = Child { pid, pidfd: table.take(Role::Process, key)? };
+    Ok(Process::new(child, None, table.take(Role::Life, key).ok(), table.take(Role::Log, key).ok()))
 }
 
 impl Fleet {
@@ -58,27 +75,18 @@ impl Fleet {
 
     /// Asks every worker to drain and leave; successors follow.
     pub fn relieve_all(&mut self) {
-        let now = Instant::now();
-        for slot in self.slots.iter_mut().filter(|slot| slot.child.is_some()) {
-            let life = slot.life.as_ref().map(AsRawFd::as_raw_fd);
-            // A full line, or none: it is killed a little later, and its successor finishes its work.
-            let _ = life.map(|life| send(life, &[RELIEVE], MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL));
-            slot.phase = Phase::Draining(now, true);
-        }
+        let (now, age) = (Instant::now(), self.age());
+        self.slots.iter_mut().for_each(|slot| slot.relieve(now, age));
     }
 
     /// What the keeper is to hold.
     pub fn keep<'a>(&'a self, entries: &mut Vec<(Entry, BorrowedFd<'a>)>) {
         entries.push((Entry::new(Role::Rules, ""), self.rules.as_fd()));
         for slot in &self.slots {
-            let optional = [
-                (Role::Life, slot.life.as_ref()),
-                (Role::Log, slot.log.as_ref()),
-                (Role::Process, slot.child.as_ref().map(|child| &child.pidfd)),
-            ];
             let fixed = [(Role::Umem, slot.umem.as_fd()), (Role::Work, slot.work.as_fd()), (Role::Status, slot.status_segment.as_fd())];
-            let optional = optional.into_iter().filter_map(|(role, fd)| Some((role, fd?.as_fd())));
-            entries.extend(fixed.into_iter().chain(optional).map(|(role, fd)| (Entry::new(role, slot.id), fd)));
+            entries.extend(fixed.map(|(role, fd)| (Entry::new(role, slot.id), fd)));
+            entries.extend(slot.process.iter().flat_map(|process| keep_process(process, &slot.id.to_string())));
+            slot.keep_spare(entries);
         }
     }
 
@@ -89,6 +97,9 @@ impl Fleet {
             generation: slot.generation,
             restarts: slot.restarts,
             last_exit: slot.last_exit.clone(),
+            spare: slot.reserve.pid(),
+            promotions: slot.reserve.promotions,
+            spare_deaths: slot.reserve.deaths,
         };
         self.slots.iter().map(describe).collect()
     }
@@ -98,10 +109,11 @@ impl Slot {
     fn inherit(&mut self, kept: &KeptWorker, table: &mut Table) -> Result<(), TableError> {
         (self.generation, self.restarts, self.last_exit) = (kept.generation, kept.restarts, kept.last_exit.clone());
         self.turns_at_start = self.status.header.turns();
+        (self.reserve.promotions, self.reserve.deaths) = (kept.promotions, kept.spare_deaths);
         if kept.pid != 0 {
-            self.child = Some(Child { pid: kept.pid, pidfd: table.take(Role::Process, self.id)? });
-            (self.life, self.log) = (table.take(Role::Life, self.id).ok(), table.take(Role::Log, self.id).ok());
+            self.process = Some(take_process(kept.pid, &self.id.to_string(), table)?);
             self.phase = Phase::Running;
+            self.inherit_spare(kept.spare, table)?;
         }
         Ok(())
     }

@@ -1,0 +1,113 @@
+//! One process of a worker, as the supervisor holds it: pidfd, orders, life line, log.
+//!
+//! Must never wait for it, nor take more from it at a time than a bound.
+
+use crate::plan::manifest::Control;
+use crate::sys::process::{self, Child};
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
+use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+/// Bytes of one log line of a worker; the rest of a longer one is cut.
+const MAX_LINE: usize = 1024;
+
+/// A process.
+#[derive(Debug)]
+pub(super) struct Process {
+    pub(super) child: Child,
+    /// None of another supervisor's child.
+    pub(super) control: Option<Control>,
+    pub(super) life: Option<OwnedFd>,
+    pub(super) log: Option<OwnedFd>,
+    line: Vec<u8>,
+}
+
+/// How a process ended.
+pub(super) struct End {
+    pub(super) words: String,
+    /// As asked.
+    pub(super) clean: bool,
+}
+
+impl Process {
+    pub(super) const fn new(child: Child, control: Option<Control>, life: Option<OwnedFd>, log: Option<OwnedFd>) -> Self {
+        Self { child, control, life, log, line: Vec::new() }
+    }
+
+    /// What to poll: pidfd, log pipe, life socket (a worker knocks when it forwards).
+    pub(super) fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let optional = [self.log.as_ref(), self.life.as_ref()].into_iter().flatten();
+        optional.chain([&self.child.pidfd]).map(AsFd::as_fd)
+    }
+
+    /// Puts a byte on its life line; it wakes by it.
+    pub(super) fn tell(&self, byte: u8) {
+        let life = self.life.as_ref().map(AsRawFd::as_raw_fd);
+        // A full line means that it will wake up anyway.
+        let _ = life.map(|life| send(life, &[byte], MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL));
+    }
+
+    /// Takes the knocks from the life socket; what they mean stands in the status page. Whether there were any.
+    pub(super) fn hear(&self) -> bool {
+        let Some(life) = &self.life else { return false };
+        let mut bytes = [0; 64];
+        // Bounded: a worker that knocks without end can't hold the supervisor.
+        let mut knocks = (0..4).take_while(|_| matches!(recv(life.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT), Ok(1..)));
+        knocks.by_ref().count() > 0
+    }
+
+    pub(super) fn kill(&self) {
+        // ESRCH: it is dead already, and end() will see it.
+        let _ = process::signal(self.child.pidfd.as_fd(), Signal::SIGKILL);
+    }
+
+    /// How it ended, if it has. `halted`: whether it has said that it left as asked; to be read when it is dead.
+    pub(super) fn end(&self, halted: impl Fn() -> bool) -> Option<End> {
+        let (words, clean) = match waitpid(Pid::from_raw(self.child.pid as i32), Some(WaitPidFlag::WNOHANG)) {
+            // Another supervisor's child: how it ended is known to nobody but its status segment.
+            Err(Errno::ECHILD) if process::has_ended(self.child.pidfd.as_fd()) => {
+                let halted = halted();
+                (if halted { "made way" } else { "ended without a supervisor" }.into(), halted)
+            }
+            Ok(WaitStatus::StillAlive) | Err(_) => return None,
+            Ok(status) => describe(&status),
+        };
+        Some(End { words, clean })
+    }
+
+    /// Passes on what it has written to its stderr.
+    pub(super) fn read_log(&mut self, worker: u32) {
+        let Some(log) = &self.log else { return };
+        let mut bytes = [0; 4096];
+        let Ok(mut pipe) = log.try_clone().map(std::fs::File::from) else { return };
+        // Bounded, so that a worker that floods its log can't hold the supervisor.
+        for _ in 0..16 {
+            let len = match pipe.read(&mut bytes) {
+                Ok(0) | Err(_) => return,
+                Ok(len) => len,
+            };
+            for byte in bytes.iter().take(len) {
+                match byte {
+                    b'\n' => {
+                        tracing::info!(worker, "{}", String::from_utf8_lossy(&self.line));
+                        self.line.clear();
+                    }
+                    _ if self.line.len() < MAX_LINE => self.line.push(*byte),
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+fn describe(status: &WaitStatus) -> (String, bool) {
+    match status {
+        WaitStatus::Exited(_, code) => (format!("exit status {code}"), *code == 0),
+        WaitStatus::Signaled(_, signal, _) => (format!("killed by {signal}"), false),
+        other => (format!("{other:?}"), false),
+    }
+}
