@@ -608,6 +608,8 @@ impl Slot {
             let _ = self.status.header.become_state(State::Fail, Actor::Supervisor);
         }
         self.process.iter_mut().for_each(|process| process.read_log(self.id));
+        // Counts it, if it was a spare that has stood in and is gone before anybody looked.
+        self.is_pending();
         (self.process, self.baton) = (None, None);
         if halted {
             // It left without being asked: no spare stands in for that.
