@@ -298,6 +298,76 @@ fn refusals_name_the_remedy_and_change_nothing() {
     assert_eq!(keeper(&relay), 0, "--linger of the successor counts");
 }
 
+/// `relay COMMAND --json` of this socket, asked in the relay's namespace: exit code, answer, errors.
+fn ask(lab: &Lab, socket: &std::path::Path, command: &str) -> (Option<i32>, Value, String) {
+    let mut asking = lab.relay.command(relay_tests::relay_bin().unwrap()).unwrap();
+    let output = asking.args([command, "--json", "--socket"]).arg(socket).output().unwrap();
+    let answer = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    (output.status.code(), answer, String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// One stream of rule a, and what happens meanwhile. False: others lost of it.
+fn kernel_stream_across(lab: &Lab, relay: &mut RelayProcess, events: impl Fn(&mut RelayProcess)) -> bool {
+    let count = 12_000;
+    let outside = Outside::of(lab, relay, "a").unwrap();
+    let listener = Listener::on(lab.sink(1), "k1", &REWRITTEN.to_string(), Some(count)).unwrap();
+    let sending = send_in_background(lab, &send_args("s0", &GROUP.to_string(), 3_000, count).unwrap()).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    events(relay);
+    sending.wait().unwrap();
+    let report = listener.wait().unwrap();
+    println!("kernel path: received {} of {count}, duplicated {}", report.received, report.duplicated);
+    let whole = (report.received, report.lost, report.duplicated, report.reordered) == (count, 0, 0, 0);
+    assert!(whole || paths::only_lost(&report, outside.lost(relay).unwrap()), "{report:?}; {}", relay.log());
+    whole
+}
+
+/// `--keep-kernel-path`: when `--linger` is over the workers leave, and rules of the kernel path forward on, until somebody takes over
+/// or ends it.
+#[test]
+fn the_kernel_path_is_kept_until_somebody_ends_it() {
+    needs_root!();
+    let _turn = turn();
+    let (lab, rule) = (Lab::simple().unwrap(), format!("{} path=kernel", rule()));
+    let args = ["--rule", &rule, "--rule", "r0 239.8.8.8:7000 -> r1; id=b path=xsk", "--linger", "1s", "--keep-kernel-path"];
+    let mut relay = start_relay(&lab, &args).unwrap();
+    let die_and_take_over = |relay: &mut RelayProcess| {
+        settle();
+        let (workers, keeper) = (relay.worker_pids().unwrap(), keeper(relay));
+        kill(relay);
+        wait_dead(&workers, Duration::from_secs(20)).expect("workers leave when --linger is over");
+        assert!(!is_dead(keeper), "kept");
+        let (code, _, error) = ask(&lab, &relay.socket(), "status");
+        assert!(code == Some(3) && error.contains("relay stop"), "{code:?}: {error}");
+        let mut plain = start_relay_unready(&lab, &args).unwrap();
+        assert_eq!(plain.wait_exit(Duration::from_secs(10)).unwrap().code(), Some(2), "{}", plain.log());
+        relay.take_over(&lab.relay, &args).unwrap();
+        relay.wait_ready().unwrap();
+    };
+    let whole = (0..3).any(|_| kernel_stream_across(&lab, &mut relay, die_and_take_over));
+    assert!(whole, "three runs in a row were void: the machine is too busy to judge the relay");
+    // What workers carry goes on with new ones.
+    let listener = Listener::on(lab.sink(1), "k1", "239.8.8.8:7000", Some(500)).unwrap();
+    send(&lab, &send_args("s0", "239.8.8.8:7000", 5_000, 500).unwrap()).unwrap();
+    assert_eq!(listener.wait().unwrap().received, 500, "{}", relay.log());
+    settle();
+    let (last, workers, objects) = (keeper(&relay), relay.worker_pids().unwrap(), bpf_objects(relay.pid()));
+    let pid = relay.pid();
+    kill(&mut relay);
+    wait_dead(&workers, Duration::from_secs(20)).unwrap();
+    forwards(&lab);
+    let (code, stopped, error) = ask(&lab, &relay.socket(), "stop");
+    assert_eq!((code, &stopped["orphaned"], &stopped["pid"]), (Some(0), &true.into(), &pid.into()), "{stopped}; {error}");
+    assert_eq!((&stopped["interfaces"][0], &stopped["rules"], &stopped["workers"]), (&"r0".into(), &2.into(), &0.into()), "{stopped}");
+    wait_dead(&[last], Duration::from_secs(10)).unwrap();
+    wait_unloaded(&objects).unwrap();
+    assert_eq!(ask(&lab, &relay.socket(), "stop").0, Some(3), "nothing is left");
+    let next = start_relay(&lab, &args).unwrap();
+    forwards(&lab);
+    assert_eq!(ask(&lab, &next.socket(), "stop").1["orphaned"], false);
+    assert!(is_dead(next.pid()));
+}
+
 /// A file that somebody broke refuses a successor while there is something to go on without it; orphans it doesn't condemn.
 #[test]
 fn a_broken_file_ends_no_orphans() {

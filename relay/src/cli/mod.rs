@@ -25,15 +25,16 @@ mod run;
 mod send;
 mod stats;
 mod status;
+mod stop;
 #[cfg(feature = "top")]
 mod top;
 mod usage;
 pub mod values;
 mod why;
 
-use crate::control::client::Client;
+use crate::control::client::{Client, ClientError};
 use crate::control::message::{Request, Response};
-use crate::lab;
+use crate::{lab, supervisor};
 use clap::{ArgAction, Args, Parser, Subcommand};
 use failure::Failure;
 use output::Output;
@@ -92,6 +93,8 @@ enum Command {
     Status,
     /// Counters of interfaces, rules, outputs and frames
     Stats,
+    /// End the relay, or what one whose supervisor is dead has left, and say what that was
+    Stop,
     /// Live view of rules, interfaces and workers
     #[cfg(feature = "top")]
     Top(top::TopArgs),
@@ -136,9 +139,19 @@ pub struct Context {
 impl Context {
     /// Asks the daemon; what it refuses is a failure with its code.
     pub fn ask(&self, request: &Request) -> Result<Response, Failure> {
-        match Client::connect(&self.global.socket)?.request(request)? {
+        match Client::connect(&self.global.socket).map_err(|error| self.unreachable(error))?.request(request)? {
             Response::Error(body) => Err(body.into()),
             response => Ok(response),
+        }
+    }
+
+    /// No daemon: but perhaps what one has left.
+    fn unreachable(&self, error: ClientError) -> Failure {
+        match supervisor::takeover::orphans_of(&self.global.socket) {
+            Some(pid) => Failure::from(error).hint(format!(
+                "what its supervisor (pid {pid}) has left forwards on: `relay run --takeover` goes on with it, `relay stop` ends it"
+            )),
+            None => error.into(),
         }
     }
 }
@@ -174,6 +187,7 @@ fn dispatch(command: Command, context: &Context) -> Outcome {
         Command::Check(args) => check::run(&args, context),
         Command::Status => status::run(context),
         Command::Stats => stats::run(context),
+        Command::Stop => stop::run(context),
         #[cfg(feature = "top")]
         Command::Top(args) => top::run(&args, context),
         Command::Doctor(args) => doctor::run(&args, context),

@@ -68,8 +68,11 @@ pub(super) struct RunArgs {
     /// How long everything forwards on without a supervisor, and can be taken over; 0: not at all
     #[arg(long, value_name = "DURATION", default_value = "0", value_parser = values::duration)]
     linger: Duration,
+    /// Let rules of the kernel path forward on without a supervisor for as long as it takes, until --takeover or `relay stop`
+    #[arg(long)]
+    keep_kernel_path: bool,
     /// Go on in the place of the relay with the same --socket, dead or alive, without losing a packet; an ordinary start if there is
-    /// none. It must have --linger
+    /// none. It must have --linger or --keep-kernel-path
     #[arg(long)]
     takeover: bool,
     /// Serve metrics in the Prometheus text format at this address; a port alone is on the loopback (9464)
@@ -104,7 +107,8 @@ pub(super) fn run(args: RunArgs, context: &Context) -> Outcome {
     Ok(OK)
 }
 
-fn failure(error: RunError) -> Failure {
+/// A supervisor's error, as a command's.
+pub(super) fn failure(error: RunError) -> Failure {
     let (field, hint) = (error.field().to_string(), error.hint().to_string());
     Failure::new(error.exit_code(), error.to_string()).field(field).hint(hint)
 }
@@ -145,6 +149,7 @@ fn options(args: RunArgs, context: &Context) -> Result<Options, Failure> {
         wait: args.wait,
         spare: args.spare,
         linger: args.linger,
+        keep_kernel_path: args.keep_kernel_path,
         takeover: args.takeover,
         socket: context.global.socket.clone(),
         frames: args.frames,

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! Kept ── end of file of the supervisor ─▶ Orphaned ── time over · every worker dead ─▶ exits
-//!  └───────────────── Release, by the supervisor or a successor ─▶ exits
+//!  │                                          └── the table has [`Role::Endless`]: time over ─▶ lets the workers go, and stays
+//!  └───────────────── Release, by the supervisor, a successor or `relay stop` ─▶ exits
 //! ```
 //! Must never hold more than two tables, nor wait for a successor longer than [`PATIENCE`].
 
@@ -98,7 +99,8 @@ impl Keeper {
     }
 
     fn sleep(&self) {
-        let always = [self.supervisor.as_ref(), Some(&self.listener), self.successor.as_ref()];
+        // One successor at a time; the next waits in the queue.
+        let always = [self.supervisor.as_ref(), self.successor.as_ref().or(Some(&self.listener))];
         // A dead worker would be readable for ever: one look a time will do.
         let alive = self.workers().into_iter().filter(|pidfd| self.until.is_some() && !has_ended(*pidfd));
         let fds = always.into_iter().flatten().map(AsFd::as_fd).chain(alive);
@@ -138,19 +140,31 @@ impl Keeper {
     }
 
     /// Whether nobody needs what is kept any more. A relay that had no workers forwards without them.
-    fn is_over(&self, now: Instant) -> bool {
+    fn is_over(&mut self, now: Instant) -> bool {
         if self.supervisor.is_some() {
             return false;
         }
+        let late = self.until.is_some_and(|until| now >= until);
+        if self.table.of(Role::Endless).next().is_some() {
+            if late {
+                // Their end of file: they leave, and what they hold on to is kept for their successors.
+                self.table.take_all(Role::Life);
+                self.until = None;
+            }
+            return false;
+        }
         let workers = self.workers();
-        self.until.is_some_and(|until| now >= until) || (!workers.is_empty() && workers.iter().all(|pidfd| has_ended(*pidfd)))
+        late || (!workers.is_empty() && workers.iter().all(|pidfd| has_ended(*pidfd)))
     }
 
     fn accept(&mut self) {
+        if self.successor.is_some() {
+            return;
+        }
         let Ok(socket) = share::accept(self.listener.as_fd()) else { return };
         let permitted = getsockopt(&socket, PeerCredentials).is_ok_and(|peer| peer.uid() == 0 || peer.uid() == self.uid);
         let bounded = setsockopt(&socket, SendTimeout, &TimeVal::seconds(PATIENCE.as_secs() as i64)).is_ok();
-        if permitted && bounded && self.successor.is_none() {
+        if permitted && bounded {
             self.successor = Some(socket);
         }
     }

@@ -59,6 +59,8 @@ pub enum Role {
     Join,
     /// Socket that holds a port of a unicast rule; key: its address.
     Holder,
+    /// There while the kernel path is to go on without an end, whatever the descriptor.
+    Endless,
 }
 
 /// Names a descriptor.

@@ -246,7 +246,7 @@ impl Supervisor {
             return self.settle_in(inheritance);
         }
         self.segment.publish(&Snapshot::default()).map_err(failed("rules segment"))?;
-        self.keeper = Keeper::new(self.options.linger, &self.options.socket, None)?;
+        self.keeper = Keeper::new(&self.options, None)?;
         Ok(())
     }
 
@@ -475,7 +475,11 @@ impl Supervisor {
         }
         let target = self.kernel_target(&self.published.rules, &decisions);
         self.decisions = decisions;
+        let kept = self.keeps_kernel_path();
         self.kernel_path.want(target);
+        if kept != self.keeps_kernel_path() {
+            self.changed();
+        }
     }
 
     /// Outside of an update, the kernel path goes on to what it was told last.

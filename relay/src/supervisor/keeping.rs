@@ -1,11 +1,12 @@
 //! The supervisor's side of the keeper (`keeper/`): starts it, and gives it the table of descriptors at each change.
 //!
-//! Only with `--linger`. Must never wait for the keeper, but for its end when the relay stops; never let a relay fail for want of one.
+//! Only with `--linger` or `--keep-kernel-path`. Must never wait for the keeper, but for its end when the relay stops; never let a relay fail for want of one.
 
 use super::engine::Supervisor;
 use super::error::RunError;
 use super::fleet::Fleet;
 use super::handover::{self, Handover};
+use super::options::Options;
 use crate::keeper::{self, Client, Entry, Role, Table};
 use crate::plan::manifest::LAYOUT_VERSION;
 use crate::sys::process::{self, Child};
@@ -48,9 +49,10 @@ pub struct Estate {
 }
 
 impl Keeper {
-    /// None without `--linger`. `listener`: a predecessor's.
-    pub fn new(linger: Duration, control: &std::path::Path, listener: Option<OwnedFd>) -> Result<Option<Self>, RunError> {
-        if linger.is_zero() {
+    /// None without `--linger` and `--keep-kernel-path`. `listener`: a predecessor's.
+    pub fn new(options: &Options, listener: Option<OwnedFd>) -> Result<Option<Self>, RunError> {
+        let (linger, control) = (options.linger, options.socket.as_path());
+        if linger.is_zero() && !options.keep_kernel_path {
             return Ok(None);
         }
         let failed = |errno: nix::errno::Errno| match keeper::connect(control) {
@@ -158,6 +160,12 @@ impl Supervisor {
         }
     }
 
+    /// Whether rules of the kernel path are to outlive this process without an end.
+    pub(super) fn keeps_kernel_path(&self) -> bool {
+        // Links that are not ours yet: nothing is known of what a predecessor's program carries.
+        self.options.keep_kernel_path && !(self.kernel_path.target().is_empty() && self.estate.links.is_empty())
+    }
+
     fn tell(&self, keeper: &Keeper) -> bool {
         let Some((_, socket)) = &keeper.process else { return false };
         let blob = match self.handover().write() {
@@ -172,6 +180,9 @@ impl Supervisor {
             (Entry::new(Role::Supervisor, ""), keeper.supervisor.as_fd()),
             (Entry::new(Role::Listener, ""), keeper.listener.as_fd()),
         ];
+        if self.keeps_kernel_path() {
+            entries.push((Entry::new(Role::Endless, ""), keeper.supervisor.as_fd()));
+        }
         entries.extend(self.descriptors());
         let told = keeper::send_table(socket.as_fd(), &entries);
         tracing::debug!(entries = entries.len(), ?told, "keeper");

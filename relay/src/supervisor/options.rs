@@ -97,6 +97,8 @@ pub struct Options {
     pub spare: bool,
     /// `--linger`.
     pub linger: Duration,
+    /// `--keep-kernel-path`: its rules forward on without a supervisor, and without an end.
+    pub keep_kernel_path: bool,
     /// `--takeover`.
     pub takeover: bool,
     /// `--socket`.

@@ -24,9 +24,11 @@ use crate::plan::records::{RulesSegment, Snapshot};
 use crate::shm::{Access, Segment};
 use crate::sys::process;
 use nix::sys::signal::Signal;
+use serde::Serialize;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// The end of a process that was killed, or asked to stop.
@@ -161,6 +163,46 @@ fn end(keeper: Client) -> Result<(), RunError> {
     wait_for("the running relay did not stop", || process::has_ended(old.as_fd()))
 }
 
+/// What a dead supervisor has left.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Orphans {
+    /// The supervisor that was.
+    pub pid: u32,
+    /// Interfaces with its XDP program.
+    pub interfaces: Vec<String>,
+    /// Rules in force.
+    pub rules: usize,
+    /// Workers and spares that live.
+    pub workers: usize,
+}
+
+/// Process id of the dead supervisor of this control socket, where a keeper keeps what it has left.
+pub fn orphans_of(socket: &Path) -> Option<u32> {
+    keeper::connect(socket).ok().flatten().filter(is_orphaned).map(|keeper| keeper.supervisor)
+}
+
+/// Ends what a dead supervisor has left; `None` where there is nothing, or its supervisor lives.
+pub fn end_orphans(socket: &Path) -> Result<Option<Orphans>, RunError> {
+    let failed = |error: ClientError| RunError::bad("--socket", error, "run as root, or as the user of the relay");
+    let Some(keeper) = keeper::connect(socket).map_err(failed)?.filter(is_orphaned) else { return Ok(None) };
+    let mut table = keeper.table().map_err(failed)?;
+    let handover = table.take(Role::Blob, "").ok().and_then(|blob| Handover::read(blob).ok());
+    let workers: Vec<OwnedFd> = table.take_all(Role::Process).into_iter().map(|(_, pidfd)| pidfd).collect();
+    let living = || workers.iter().filter(|pidfd| !process::has_ended(pidfd.as_fd())).count();
+    let attached = handover.iter().flat_map(|handover| &handover.ports).filter(|port| port.attached && !port.retired);
+    let orphans = Orphans {
+        pid: keeper.supervisor,
+        interfaces: attached.map(|port| port.name.clone()).collect(),
+        rules: handover.as_ref().map_or(0, |handover| handover.rules.len()),
+        workers: living(),
+    };
+    // With our duplicates, and the keeper's, everything goes.
+    drop(table);
+    keeper.release().map_err(RunError::failure)?;
+    wait_for("the workers did not leave", || living() == 0)?;
+    Ok(Some(orphans))
+}
+
 fn wait_for(what: &str, done: impl Fn() -> bool) -> Result<(), RunError> {
     let begin = Instant::now();
     while !done() {
@@ -222,7 +264,7 @@ impl Supervisor {
         let links = table.take_all(Role::Link).into_iter().map(|(key, fd)| number(&key).map(|ifindex| (ifindex, fd)));
         let links: BTreeMap<u32, OwnedFd> = links.collect::<Result<_, _>>()?;
         self.retired = handover.retired;
-        self.keeper = Keeper::new(self.options.linger, &self.options.socket, table.take(Role::Listener, "").ok())?;
+        self.keeper = Keeper::new(&self.options, table.take(Role::Listener, "").ok())?;
         tracing::info!(from = keeper.supervisor, rules = handover.rules.len(), workers = handover.workers.len(), "relay taken over");
         self.estate = Estate { links, rest: table, until: None, keeper: Some(keeper) };
         Ok(())
