@@ -106,6 +106,7 @@ fn match_once(rules: u32) -> Result<impl FnMut()> {
             port,
             tag,
             outputs: Vec::new(),
+            shared: Vec::new(),
         });
         let bytes = frame(group(slot), 64)?;
         packets.push(parse(&bytes, bytes.len()).ok().context("the packet is right")?);

@@ -36,6 +36,12 @@ pub(super) const fn place_of_copy(frame: &Frame, len: u32) -> u32 {
     if is_short { HEADROOM + frame.index() / 2 % PLACES * LINE } else { HEADROOM }
 }
 
+/// Where the headers of a bundle, `len` bytes, start in their frame: as above, at as many places as there are.
+#[inline]
+pub(super) const fn place_of_headers(frame: &Frame, len: u32) -> u32 {
+    frame.index() / 2 % (FRAME_SIZE.saturating_sub(len) / LINE + 1) * LINE
+}
+
 /// Writes the original header back (replay of a packet that no ring has got).
 #[inline]
 pub(super) fn restore(umem: &Umem, fragments: &mut Fragments, head: &[u8]) {

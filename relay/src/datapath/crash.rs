@@ -126,6 +126,7 @@ impl World {
             port: Some(5000),
             tag: None,
             outputs: self.outputs.clone(),
+            shared: Vec::new(),
         };
         Table::new(1, vec![rule], Compiled::default(), Vec::new())
     }
@@ -153,6 +154,7 @@ impl World {
             held,
             held_by_senders: held_by_senders.clone(),
             stamps,
+            bundling: (0..PORTS).map(|_| None).collect(),
             tap: self.tap(),
         });
         let mut port = |number: usize| EgressPort {

@@ -262,7 +262,7 @@ fn window<T: Transmit>(ring: &Consumer<RawDesc>, available: u32, [direct, coales
     for offset in 0..available {
         let desc = ring.read(offset);
         if is_first {
-            let admission = if desc.options & COALESCE == 0 { Admission::Direct } else { coalescer.admit(desc.label()) };
+            let admission = if desc.options & COALESCE == 0 { Admission::Direct } else { coalescer.admit(desc) };
             let wanted = match admission {
                 Admission::Take => Lane::Coalesce,
                 Admission::Direct => Lane::Direct,
@@ -291,14 +291,21 @@ fn discard<T: Transmit>(journal: &Journal, returns: &mut Producer<u64>, port: &m
     if count == 0 {
         return 0;
     }
-    let mut len = 0;
+    let (mut len, mut headers) = (0, None);
     for offset in 0..count {
         let desc = port.ring.read(offset);
         returns.write(offset, desc.addr);
-        len += desc.len;
+        match desc.is_bundle() {
+            true => headers = Some(desc),
+            false => len += desc.len,
+        }
         if !desc.continues() {
-            let refusal = Refusal { label: desc.label(), len: std::mem::take(&mut len) };
-            books.count(&mut port.state, refusal, OutputDropReason::OutputDown);
+            let len = std::mem::take(&mut len);
+            let mut count = |refusal| books.count(&mut port.state, refusal, OutputDropReason::OutputDown);
+            match (headers.take(), &port.coalescer) {
+                (Some(headers), Some(coalescer)) => coalescer.disappoint(headers, len, &mut count),
+                _ => count(Refusal { label: desc.label(), len }),
+            }
         }
     }
     let (from, to) = (port.ring.position(), returns.position());

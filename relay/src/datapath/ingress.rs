@@ -4,7 +4,12 @@
 //! can see changes before its ring's index is published, and the receive ring's index is stored last. No allocation, no
 //! system call but those of the port contract, no log, no lock. Every packet gets exactly one fate per output.
 //! The losing design: frames shared by several outputs with a count (DECISIONS §2) saves a memcpy of 1–4 % and costs a
-//! shared count that a kill can leave wrong.
+//! shared count that a kill can leave wrong. Outputs of one port that coalesce share a packet without one (bundle.rs).
+
+mod bundle;
+
+pub use bundle::Bundling;
+use bundle::{Templates, wanted};
 
 use super::copy::{Fragments, copy, header_of, place_of_copy, restore};
 use super::journal::{Armed, EgressMark, Journal, MOVE_RECYCLE, MOVE_REFILL, Move, SAVED_LEN, SavedHeader};
@@ -82,6 +87,8 @@ pub struct Ingress<R> {
     pub(super) held: HeldMap,
     pub(super) held_by_senders: HeldMap,
     stamps: Vec<Option<Stamper>>,
+    bundling: Vec<Option<Bundling>>,
+    templates: Templates,
     /// When the batch in hand was taken, ns; 0: by a worker that is dead.
     taken_ns: u64,
     tap: Tap,
@@ -117,6 +124,8 @@ pub struct IngressParts<R> {
     pub held_by_senders: HeldMap,
     /// What tells the egress side when batches were taken, by port number.
     pub stamps: Vec<Option<Stamper>>,
+    /// Whether a port's coalescing half wants bundles, by port number.
+    pub bundling: Vec<Option<Bundling>>,
     /// What shows packets to a capture.
     pub tap: Tap,
 }
@@ -124,7 +133,7 @@ pub struct IngressParts<R> {
 impl<R: Receive> Ingress<R> {
     /// Puts the parts together; [`Ingress::recover`] comes next.
     pub fn new(parts: IngressParts<R>) -> Self {
-        let IngressParts { umem, pool, journal, ports, egress, returns, counters, held, held_by_senders, stamps, tap } = parts;
+        let IngressParts { umem, pool, journal, ports, egress, returns, counters, held, held_by_senders, stamps, bundling, tap } = parts;
         Self {
             umem,
             pool,
@@ -136,6 +145,8 @@ impl<R: Receive> Ingress<R> {
             held,
             held_by_senders,
             stamps,
+            bundling,
+            templates: Templates::default(),
             taken_ns: 0,
             tap,
             tally: Tally::default(),
@@ -274,8 +285,10 @@ impl<R: Receive> Ingress<R> {
             ..Armed::default()
         };
         self.tap.begin();
+        // A capture shows packets as they leave: it gets a copy for each output.
+        let armed = Armed { bundling: if self.tap.is_live() { 0 } else { wanted(&self.bundling) }, ..armed };
         let armed = self.arm(armed);
-        self.process_batch(index, table, None, armed.now);
+        self.process_batch(index, table, None, &armed);
         self.commit(index, armed);
         self.tap.flush();
         count
@@ -345,20 +358,22 @@ impl<R: Receive> Ingress<R> {
         }
     }
 
-    /// Gives every packet its fate. `poison`: bits of packets to drop unprocessed, on a replay only. `now`: the time by which
-    /// rates are limited; a replay has that of the batch, so that it decides the same.
-    pub(super) fn process_batch(&mut self, index: usize, table: &Table, poison: Option<u64>, now: u64) {
+    /// Gives every packet its fate. `poison`: bits of packets to drop unprocessed, on a replay only. The time by which rates are
+    /// limited, and what is bundled, are the armed batch's, so that a replay decides the same.
+    pub(super) fn process_batch(&mut self, index: usize, table: &Table, poison: Option<u64>, armed: &Armed) {
         let Some(port) = self.ports.get(index) else { return };
         let (number, ifindex) = (port.number, port.ifindex);
         self.tally.clear();
         self.freed.clear();
         self.freed.extend(self.spare.drain(..).map(Frame::into_index));
         self.clocks.clear();
-        let Self { umem, pool, journal, egress, tally, tap, batch, freed, staging, counters, clocks, .. } = self;
+        let Self { umem, pool, journal, egress, tally, tap, batch, freed, staging, counters, clocks, templates, .. } = self;
         for (at, packet) in batch.drain(..).enumerate() {
             journal.at(at);
             let skip = poison.is_some_and(|bits| bits & 1u64.checked_shl(at as u32).unwrap_or(0) != 0);
-            let mut hand = Hand { umem, pool, egress, staging, tally, tap, replay: poison.is_some(), now, counters, clocks };
+            let Armed { now, bundling, epoch, .. } = *armed;
+            let replay = poison.is_some();
+            let mut hand = Hand { umem, pool, egress, staging, tally, tap, replay, now, bundling, epoch, templates, counters, clocks };
             let saved = journal.saved(at);
             if !skip {
                 fuse::reached(&saved);
@@ -436,6 +451,10 @@ struct Hand<'a> {
     replay: bool,
     /// CLOCK_MONOTONIC in 1/64 ns, for rate limits.
     now: u64,
+    /// Ports (bits) that take bundles, by rules of this epoch.
+    bundling: u64,
+    epoch: u32,
+    templates: &'a mut Templates,
     counters: &'a SharedArray<Counter>,
     clocks: &'a mut Vec<(u32, u64)>,
 }
@@ -500,12 +519,16 @@ impl Hand<'_> {
         inspect(headers, &pieces)
     }
 
-    /// Every output but the last gets a copy, the last the packet itself.
+    /// Every output but the last gets a copy, the last the packet itself; those that are bundled are one output.
     fn fan_out(&mut self, rule: &RulePlan, parsed: &Parsed<'_>, mut fragments: Fragments) -> Fragments {
         let Some((last, others)) = rule.outputs.split_last() else { return fragments };
-        for output in others {
+        let together = self.together(rule, parsed, &fragments);
+        for (_, output) in others.iter().enumerate().filter(|(number, _)| together >> number & 1 == 0) {
             let sent = self.admit(output, fragments.len()).and_then(|()| self.copy_out(output, parsed, &fragments));
             self.count(output, parsed, &fragments, sent);
+        }
+        if together != 0 && self.bundle_out(rule, together, parsed, &mut fragments) {
+            return fragments;
         }
         let published = self.staging.is_published(last.port);
         if self.replay && !published {
@@ -578,7 +601,7 @@ impl Hand<'_> {
         match fits {
             Ok(()) => {
                 self.tap.sent(self.umem, output, &copies);
-                self.stage(output, copies);
+                self.stage(output, 0, copies);
                 Ok(())
             }
             Err(reason) => {
@@ -602,13 +625,13 @@ impl Hand<'_> {
             // The dead worker has published this ring: where the packet got in, its frames are the ring's already.
             let fits = verdict(output, parsed);
             if fits.is_ok() {
-                self.stage(output, std::mem::take(fragments));
+                self.stage(output, 0, std::mem::take(fragments));
             }
             return fits;
         }
         self.edit(output, parsed, fragments)?;
         self.tap.sent(self.umem, output, fragments);
-        self.stage(output, std::mem::take(fragments));
+        self.stage(output, 0, std::mem::take(fragments));
         Ok(())
     }
 
@@ -618,15 +641,15 @@ impl Hand<'_> {
         rewrite(bytes, offset, len, &parsed.headers, &parsed.checked, &output.edit)
     }
 
-    /// Writes the descriptors; the tokens end here, the frames are the egress ring's.
-    fn stage(&mut self, output: &OutputPlan, fragments: Fragments) {
+    /// Writes the descriptors, the first with `first_flags` too; the tokens end here, the frames are the egress ring's.
+    fn stage(&mut self, output: &OutputPlan, first_flags: u32, fragments: Fragments) {
         let port = output.port as usize;
         let skip = self.staging.is_published(output.port);
         let (Some(staged), Some(room)) = (self.staging.staged.get_mut(port), self.staging.room.get_mut(port)) else { return };
         let last = fragments.len().saturating_sub(1);
         for (index, Fragment { frame, offset, len }) in fragments.into_iter().enumerate() {
             let flags = if output.coalesce { COALESCE } else { 0 } | if index < last { CONTINUES } else { 0 };
-            let options = RawDesc::options(output.slot, flags);
+            let options = RawDesc::options(output.slot, flags | if index == 0 { first_flags } else { 0 });
             let desc = RawDesc { addr: frame.base() + u64::from(offset), len, options };
             if let (Some(Some(ring)), false) = (self.egress.get_mut(port), skip) {
                 ring.write(*staged, desc);

@@ -50,7 +50,7 @@ struct SavedHint {
     serial: u32,
 }
 
-/// What is fixed for the batch in hand. 56 bytes.
+/// What is fixed for the batch in hand. 64 bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Armed {
@@ -80,6 +80,8 @@ pub struct Armed {
     pub zero: u32,
     /// When it was armed, in 1/64 ns, where rates are limited.
     pub now: u64,
+    /// Ports (bits) by which several outputs' packets go as bundles.
+    pub bundling: u64,
 }
 
 /// One egress ring at the moment of arming. 8 bytes.

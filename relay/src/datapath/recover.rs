@@ -134,7 +134,7 @@ impl<R: Receive> Ingress<R> {
         self.rearm();
         self.take_again(&armed);
         self.retake(index, &armed);
-        self.process_batch(index, &table, Some(self.journal.poison()), armed.now);
+        self.process_batch(index, &table, Some(self.journal.poison()), &armed);
         self.commit(index, armed);
         armed.packet_count
     }

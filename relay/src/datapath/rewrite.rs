@@ -90,10 +90,7 @@ pub fn rewrite(
     checked: &Checked,
     edit: &Edit,
 ) -> Result<(), OutputDropReason> {
-    let ttl = new_ttl(headers.ttl, edit)?;
-    if edit.mtu != 0 && headers.l3_len > edit.mtu {
-        return Err(OutputDropReason::MtuExceeded);
-    }
+    let ttl = admits(headers, edit)?;
     let l3 = *offset as usize + usize::from(headers.l3_offset);
     let link_len = ETHERNET_LEN + TAG_LEN * new_tags(headers, edit);
     let start = l3.checked_sub(link_len).ok_or(OutputDropReason::NoHeadroom)?;
@@ -107,6 +104,15 @@ pub fn rewrite(
     written.ok_or(OutputDropReason::NoHeadroom)?;
     (*offset, *len) = (start as u32, new_len);
     Ok(())
+}
+
+/// Whether an output takes the packet at all: its new TTL, or why not.
+#[inline]
+pub const fn admits(headers: &Headers, edit: &Edit) -> Result<u8, OutputDropReason> {
+    match new_ttl(headers.ttl, edit) {
+        Ok(_) if edit.mtu != 0 && headers.l3_len > edit.mtu => Err(OutputDropReason::MtuExceeded),
+        ttl => ttl,
+    }
 }
 
 #[inline]
@@ -155,13 +161,23 @@ impl New {
         }
     }
 
-    /// What changes in the UDP checksum: addresses and ports.
+    /// What changes in the checksums: addresses and ports in the UDP one; addresses, traffic class and TTL in the IPv4 one.
     #[inline]
-    fn udp_delta(&self, headers: &Headers) -> Delta {
-        let mut delta = Delta::default();
-        delta.word(headers.sport, self.sport);
-        delta.word(headers.dport, self.dport);
-        delta
+    fn deltas(&self, headers: &Headers) -> Deltas {
+        let (mut udp, mut addresses) = (Delta::default(), Delta::default());
+        udp.word(headers.sport, self.sport);
+        udp.word(headers.dport, self.dport);
+        if headers.family != 4 {
+            add_address(&mut udp, &headers.src, &self.src);
+            add_address(&mut udp, &headers.dst, &self.dst);
+            return Deltas { ip: addresses, udp };
+        }
+        addresses.long(low32(&headers.src), low32(&self.src));
+        addresses.long(low32(&headers.dst), low32(&self.dst));
+        let mut ip = addresses;
+        ip.word(u16::from(headers.traffic_class), u16::from(self.traffic_class));
+        ip.word(u16::from(headers.ttl) << 8, u16::from(self.ttl) << 8);
+        Deltas { ip, udp: addresses.and(udp) }
     }
 }
 
@@ -185,33 +201,53 @@ impl<'a, const IP: usize> Views<'a, IP> {
     }
 }
 
+/// What an edit does to a flow's checksums: the same for all its packets.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Deltas {
+    ip: Delta,
+    udp: Delta,
+}
+
+impl Deltas {
+    /// Of a packet whose new TTL is `ttl` ([`admits`]).
+    #[inline]
+    pub fn of(headers: &Headers, edit: &Edit, ttl: u8) -> Self {
+        New::of(headers, edit, ttl).deltas(headers)
+    }
+}
+
+/// Makes a header that [`rewrite`] wrote for a packet that of the next one, which differs in nothing but identification and
+/// checksums. Both are `original.len()` bytes: untagged, without options, up to the payload.
+#[inline]
+pub fn renew(header: &mut [u8], original: &[u8], checked: &Checked, deltas: &Deltas) {
+    let udp = checked.udp_checksum.map_or(0, |sum| udp_sent(deltas.udp.apply(sum)));
+    if let (Some(ip), Some(from)) = (header.get_mut(18..26), original.get(18..26).filter(|_| original.len() == 42)) {
+        let sum = deltas.ip.apply(u16::from_be_bytes([from[6], from[7]])).to_be_bytes();
+        [ip[0], ip[1], ip[6], ip[7]] = [from[0], from[1], sum[0], sum[1]];
+    }
+    if let Some(to) = header.last_chunk_mut::<2>() {
+        *to = udp.to_be_bytes();
+    }
+}
+
 #[inline]
 fn write_ipv4(views: Views<'_, 20>, headers: &Headers, checked: &Checked, edit: &Edit, new: &New) {
     write_link(views.macs, views.tag, edit, new, [0x08, 0x00]);
     let ip = views.ip;
-    let (old_src, new_src) = (low32(&headers.src), low32(&new.src));
-    let (old_dst, new_dst) = (low32(&headers.dst), low32(&new.dst));
-    let mut addresses = Delta::default();
-    addresses.long(old_src, new_src);
-    addresses.long(old_dst, new_dst);
-    let mut header = addresses;
-    header.word(u16::from_be_bytes([ip[0], ip[1]]), u16::from_be_bytes([ip[0], new.traffic_class]));
-    header.word(u16::from_be_bytes([ip[8], ip[9]]), u16::from_be_bytes([new.ttl, ip[9]]));
-    let sum = header.apply(u16::from_be_bytes([ip[10], ip[11]])).to_be_bytes();
+    let deltas = new.deltas(headers);
+    let sum = deltas.ip.apply(u16::from_be_bytes([ip[10], ip[11]])).to_be_bytes();
     ip[1] = new.traffic_class;
     ip[8] = new.ttl;
     [ip[10], ip[11]] = sum;
-    [ip[12], ip[13], ip[14], ip[15]] = new_src.to_be_bytes();
-    [ip[16], ip[17], ip[18], ip[19]] = new_dst.to_be_bytes();
-    write_udp(views.udp, checked, new, addresses.and(new.udp_delta(headers)));
+    [ip[12], ip[13], ip[14], ip[15]] = low32(&new.src).to_be_bytes();
+    [ip[16], ip[17], ip[18], ip[19]] = low32(&new.dst).to_be_bytes();
+    write_udp(views.udp, checked, new, deltas.udp);
 }
 
 #[inline]
 fn write_ipv6(views: Views<'_, 40>, headers: &Headers, checked: &Checked, edit: &Edit, new: &New) {
     write_link(views.macs, views.tag, edit, new, [0x86, 0xdd]);
-    let mut delta = new.udp_delta(headers);
-    add_address(&mut delta, &headers.src, &new.src);
-    add_address(&mut delta, &headers.dst, &new.dst);
+    let deltas = new.deltas(headers);
     let ip = views.ip;
     ip[0] = 0x60 | new.traffic_class >> 4;
     ip[1] = new.traffic_class << 4 | ip[1] & 0x0f;
@@ -221,7 +257,7 @@ fn write_ipv6(views: Views<'_, 40>, headers: &Headers, checked: &Checked, edit: 
         src.copy_from_slice(&new.src);
         dst.copy_from_slice(&new.dst);
     }
-    write_udp(views.udp, checked, new, delta);
+    write_udp(views.udp, checked, new, deltas.udp);
 }
 
 /// MAC addresses always; the tag (802.1Q, priority 0) where the edit sets one. The EtherType before the IP header stays.

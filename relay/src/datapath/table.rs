@@ -2,7 +2,8 @@
 //!
 //! Immutable once made; the worker swaps it between two batches (invariant 6). Must never be built on the packet's way.
 
-use crate::plan::edit::Edit;
+use crate::frame::bundle::MAX_BUNDLED;
+use crate::plan::edit::{Edit, VLAN_SET};
 use crate::plan::fate::OutputDropReason;
 use crate::rule::compile::Compiled;
 use crate::rule::lookup::Verdict;
@@ -46,6 +47,24 @@ pub struct RulePlan {
     pub tag: Option<u32>,
     /// Its outputs, in order.
     pub outputs: Vec<OutputPlan>,
+    /// Ports by which several of them send that may leave in super-frames and push no tag, and which, by bit: their packets may go as
+    /// bundles (frame/bundle.rs). Filled in by [`Table::new`].
+    pub shared: Vec<(u32, u64)>,
+}
+
+/// Outputs of one port of which a packet can be a bundle. More than a bundle can have are left out.
+fn shared(outputs: &[OutputPlan]) -> Vec<(u32, u64)> {
+    let mut shared: Vec<(u32, u64)> = Vec::new();
+    for (number, output) in outputs.iter().enumerate().filter(|(_, output)| output.coalesce && output.edit.vlan_mode != VLAN_SET) {
+        let bit = 1u64.checked_shl(number as u32).unwrap_or(0);
+        match shared.iter_mut().find(|(port, _)| *port == output.port) {
+            Some((_, bits)) if (bits.count_ones() as usize) < MAX_BUNDLED => *bits |= bit,
+            Some(_) => {}
+            None => shared.push((output.port, bit)),
+        }
+    }
+    shared.retain(|(_, bits)| bits.count_ones() > 1);
+    shared
 }
 
 impl RulePlan {
@@ -81,7 +100,8 @@ pub struct Table {
 
 impl Table {
     /// A snapshot. `own_sources`: the relay's own addresses by interface (a packet from one of them has looped).
-    pub fn new(epoch: u32, rules: Vec<RulePlan>, compiled: Compiled, own_sources: Vec<(u32, [u8; 16])>) -> Self {
+    pub fn new(epoch: u32, mut rules: Vec<RulePlan>, compiled: Compiled, own_sources: Vec<(u32, [u8; 16])>) -> Self {
+        rules.iter_mut().for_each(|rule| rule.shared = shared(&rule.outputs));
         let slots = rules.iter().map(|rule| rule.slot as usize + 1).max().unwrap_or(0);
         let mut by_slot = vec![u32::MAX; slots];
         for (position, rule) in rules.iter().enumerate() {

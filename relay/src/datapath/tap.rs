@@ -110,6 +110,12 @@ impl Tap {
         }
     }
 
+    /// Whether anything of the batch in hand is shown.
+    #[inline]
+    pub const fn is_live(&self) -> bool {
+        self.is_live
+    }
+
     /// The batch is committed: its records go out.
     #[inline]
     pub fn flush(&mut self) {

@@ -3,6 +3,7 @@
 //! Must never know a NIC or a rule. Invariant 1: every frame is in exactly one place. A `Frame` is neither Copy nor
 //! Clone; it is made only by [`Umem::claim`] (from a validated ring entry) and ends only by being put into a ring or pool.
 
+pub mod bundle;
 mod held;
 pub mod pool;
 pub mod umem;
@@ -37,11 +38,15 @@ pub struct RawDesc {
 pub const CONTINUES: u32 = 1;
 /// In our own rings: the packet may leave as part of a super-frame (`engine=coalesce`).
 pub const COALESCE: u32 = 2;
+/// In our own rings: headers for several outputs; the packet they belong to is the next descriptor ([`bundle`]).
+pub const BUNDLE: u32 = 4;
 /// First bit of the label in [`RawDesc::options`].
-const LABEL_SHIFT: u32 = 2;
+const LABEL_SHIFT: u32 = 3;
+/// The highest label.
+pub const MAX_LABEL: u32 = u32::MAX >> LABEL_SHIFT;
 
 impl RawDesc {
-    /// `options` of a descriptor in our own rings: whose packet it is, and `flags` ([`CONTINUES`], [`COALESCE`]).
+    /// `options` of a descriptor in our own rings: whose packet it is, and `flags` ([`CONTINUES`], [`COALESCE`], [`BUNDLE`]).
     #[inline]
     pub const fn options(label: u32, flags: u32) -> u32 {
         label << LABEL_SHIFT | flags
@@ -51,6 +56,12 @@ impl RawDesc {
     #[inline]
     pub const fn label(&self) -> u32 {
         self.options >> LABEL_SHIFT
+    }
+
+    /// Whether these are the headers of a bundle.
+    #[inline]
+    pub const fn is_bundle(&self) -> bool {
+        self.options & BUNDLE != 0
     }
 
     /// Whether the packet goes on in the next descriptor.

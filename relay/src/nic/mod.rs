@@ -9,7 +9,7 @@ pub mod afxdp;
 #[cfg(test)]
 pub mod memory;
 
-use crate::frame::{Frame, MAX_FRAGMENTS, Pool, RawDesc, Umem};
+use crate::frame::{Frame, MAX_FRAGMENTS, MAX_LABEL, Pool, RawDesc, Umem};
 use arrayvec::ArrayVec;
 
 /// Packets of one batch at most.
@@ -123,7 +123,7 @@ pub enum Kick {
 }
 
 /// Label of a packet that a predecessor has put.
-pub const UNKNOWN_LABEL: u32 = u32::MAX >> 2;
+pub const UNKNOWN_LABEL: u32 = MAX_LABEL;
 
 /// A packet the kernel refused for good.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -174,10 +174,12 @@ pub trait Transmit {
     fn is_flushed(&mut self) -> bool;
     /// A coalescing half: a new window of packets begins, with at most one super-frame's packets of each output.
     fn begin_window(&mut self) {}
-    /// A coalescing half: what becomes of the next packet with this label.
-    fn admit(&mut self, _label: u32) -> Admission {
+    /// A coalescing half: what becomes of the packet that begins with this descriptor. A bundle has no other way.
+    fn admit(&mut self, _desc: RawDesc) -> Admission {
         Admission::Take
     }
+    /// A coalescing half: says of each output of a bundle, by its headers' descriptor, that it will not get the packet of `len` bytes.
+    fn disappoint(&self, _headers: RawDesc, _len: u32, _each: &mut dyn FnMut(Refusal)) {}
     /// A coalescing half: whether the device refuses super-frames.
     fn is_off(&self) -> bool {
         false

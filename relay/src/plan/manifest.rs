@@ -19,7 +19,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering::{Acquire, Release};
 
 /// Counted up whenever a layout in this room changes.
-pub const LAYOUT_VERSION: u32 = 10;
+pub const LAYOUT_VERSION: u32 = 11;
 /// Commands that a worker may fall behind.
 pub const COMMANDS: u32 = 16;
 const MANIFEST_LEN: usize = 4096;

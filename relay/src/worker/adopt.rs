@@ -12,7 +12,7 @@ use super::ledger::Ledger;
 use super::orphans::{Orphans, OrphansError};
 use super::port::{AnyReceive, AnyTransmit, NoReceive};
 use crate::datapath::egress::{Egress, EgressBooks, EgressPort, Lane, PortState};
-use crate::datapath::ingress::{Ingress, IngressParts, IngressPort};
+use crate::datapath::ingress::{Bundling, Ingress, IngressParts, IngressPort};
 use crate::datapath::journal::Journal;
 use crate::datapath::latency::{Stamper, stamps};
 use crate::datapath::table::Table;
@@ -113,7 +113,7 @@ pub struct Mapped {
 /// A port with everything made for it.
 struct MappedPort {
     halves: Halves,
-    coalescer: Option<AnyTransmit>,
+    coalescer: Option<(AnyTransmit, Bundling)>,
 }
 
 enum Halves {
@@ -238,9 +238,11 @@ impl PortMaker<'_> {
         Ok(Halves::Packet(receive, AnyTransmit::Packet(Box::new(transmit))))
     }
 
-    fn coalescer(&self, fd: i32) -> Result<AnyTransmit, BootError> {
+    fn coalescer(&self, fd: i32) -> Result<(AnyTransmit, Bundling), BootError> {
         let socket = inherited("AF_PACKET socket for super-frames", fd)?;
-        Ok(AnyTransmit::Packet(Box::new(PacketTransmit::coalesce(socket, self.umem, self.held_by_senders()?))))
+        let pays = Bundling::default();
+        let half = PacketTransmit::coalesce(socket, self.umem, self.held_by_senders()?, Arc::clone(&pays));
+        Ok((AnyTransmit::Packet(Box::new(half)), pays))
     }
 
     fn held(&self) -> Result<SharedArray<u8>, OutOfMapping> {
@@ -289,6 +291,7 @@ impl Mapped {
             held: HeldMap::new(SharedArray::new(&work, layout.held, frames)?),
             held_by_senders: HeldMap::new(SharedArray::new(&work, layout.held_by_senders(manifest.frame_count), frames)?),
             stamps: parts.stamps,
+            bundling: parts.bundling,
             tap: tap.and_then(|tap| tap.take().inspect_err(nothing_captured).ok()).map(Tap::new).unwrap_or_default(),
         });
         let books = EgressBooks { counters: status.egress.clone(), ports: status.sends.clone(), latency: status.latency.clone() };
@@ -324,13 +327,22 @@ struct Parts {
     transmit: Vec<EgressPort<AnyTransmit>>,
     egress: Vec<Option<Producer<RawDesc>>>,
     stamps: Vec<Option<Stamper>>,
+    bundling: Vec<Option<Bundling>>,
     ledgers: Vec<afxdp::ledger::PortLedger>,
     rungs: SharedArray<RungReport>,
 }
 
 impl Parts {
     const fn new(rungs: SharedArray<RungReport>) -> Self {
-        Self { receive: Vec::new(), transmit: Vec::new(), egress: Vec::new(), stamps: Vec::new(), ledgers: Vec::new(), rungs }
+        Self {
+            receive: Vec::new(),
+            transmit: Vec::new(),
+            egress: Vec::new(),
+            stamps: Vec::new(),
+            bundling: Vec::new(),
+            ledgers: Vec::new(),
+            rungs,
+        }
     }
 
     fn adopt_port(
@@ -353,6 +365,7 @@ impl Parts {
                 }
                 self.egress.push(None);
                 self.stamps.push(None);
+                self.bundling.push(None);
                 return Ok(());
             }
         };
@@ -365,9 +378,11 @@ impl Parts {
         let memory: Arc<dyn Memory> = Arc::<Mapping>::clone(work);
         let ring = Consumer::attach(Arc::clone(&memory), layout.egress_ring(number))?;
         let (stamper, meter) = stamps()?;
+        let (coalescer, pays) = coalescer.unzip();
         let state = PortState::default();
         self.transmit.push(EgressPort { transmit, coalescer, lane: Lane::Direct, ring, number, state, meter: Some(meter) });
         self.stamps.push(Some(stamper));
+        self.bundling.push(pays);
         self.egress.push(if port.egress { Some(Producer::attach(memory, layout.egress_ring(number))?) } else { None });
         Ok(())
     }

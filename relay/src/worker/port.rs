@@ -250,8 +250,12 @@ impl Transmit for AnyTransmit {
         each!(self, port => port.begin_window());
     }
 
-    fn admit(&mut self, label: u32) -> Admission {
-        each!(self, port => port.admit(label))
+    fn admit(&mut self, desc: RawDesc) -> Admission {
+        each!(self, port => port.admit(desc))
+    }
+
+    fn disappoint(&self, headers: RawDesc, len: u32, each: &mut dyn FnMut(Refusal)) {
+        each!(self, port => port.disappoint(headers, len, each));
     }
 
     fn is_off(&self) -> bool {

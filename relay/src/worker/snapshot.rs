@@ -50,6 +50,7 @@ fn plan(rule: &SnapshotRule) -> RulePlan {
                 gap: output.gap,
             })
             .collect(),
+        shared: Vec::new(),
     }
 }
 

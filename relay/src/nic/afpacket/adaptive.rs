@@ -60,14 +60,25 @@ impl Adaptive {
         }
     }
 
+    /// Whether super-frames pay, as far as is known.
+    pub(super) const fn pays(&self) -> bool {
+        self.off == 0 && self.direct == 0
+    }
+
     /// What becomes of the next packet of an output.
     #[inline]
     pub(super) fn admit(&mut self, label: u32) -> Admission {
-        if self.off > 0 || self.direct > 0 {
+        if !self.pays() {
             self.off = self.off.saturating_sub(1);
             self.direct = self.direct.saturating_sub(1);
             return Admission::Direct;
         }
+        self.take(label)
+    }
+
+    /// What becomes of the next packet of an output, or of the outputs of a bundle, where it can go no other way.
+    #[inline]
+    pub(super) fn take(&mut self, label: u32) -> Admission {
         let Some(entry) = self.entries.get_mut(label as usize % ENTRIES) else { return Admission::Direct };
         if (entry.label, entry.window) != (label, self.window) {
             *entry = Entry { label, window: self.window, packets: 0 };

@@ -25,6 +25,8 @@ struct Slot {
     /// What is said of the packet should it be refused; its length grows with its pieces.
     packet: Refusal,
     attempts: u8,
+    /// Outputs of a bundle that have had their fate.
+    served: u8,
     /// A piece was refused (outside the UMEM, one too many): the packet fails when it is complete.
     refused: bool,
 }
@@ -83,7 +85,8 @@ impl<H: Held> Outbox<H> {
         };
         let valid = self.is_valid(desc);
         let Some(slot) = self.slots.get_mut(usize::from(number)) else { return self.refuse(desc) };
-        slot.packet = Refusal { label: desc.label(), len: slot.packet.len.saturating_add(desc.len) };
+        let len = if desc.is_bundle() { 0 } else { desc.len };
+        slot.packet = Refusal { label: desc.label(), len: slot.packet.len.saturating_add(len) };
         if desc.addr < self.umem_len {
             self.held.set((desc.addr / u64::from(FRAME_SIZE)) as u32, true);
         }
@@ -124,12 +127,35 @@ impl<H: Held> Outbox<H> {
 
     /// The packet will not be tried again.
     pub(super) fn give_up(&mut self, number: u16, errno: Errno) {
+        self.note(errno);
+        self.fail(number);
+    }
+
+    fn note(&mut self, errno: Errno) {
         match classify(errno) {
             Verdict::Retry | Verdict::Refused => {}
             Verdict::Down => self.trouble = Kick::Down,
             Verdict::Gone => self.trouble = Kick::Gone,
         }
-        self.fail(number);
+    }
+
+    /// One output of a bundle will not get the packet.
+    pub(super) fn give_up_one(&mut self, number: u16, label: u32, errno: Errno) {
+        self.note(errno);
+        let len = self.slots.get(usize::from(number)).map_or(0, |slot| slot.packet.len);
+        self.refused.push_back(Refusal { label, len });
+    }
+
+    /// Outputs of a bundle that have had their fate.
+    pub(super) fn served(&self, number: u16) -> u8 {
+        self.slots.get(usize::from(number)).map_or(0, |slot| slot.served)
+    }
+
+    /// Notes how many outputs of a bundle have had their fate; those behind them may be tried as often as they.
+    pub(super) fn serve(&mut self, number: u16, served: u8) {
+        if let Some(slot) = self.slots.get_mut(usize::from(number)).filter(|slot| slot.served != served) {
+            (slot.served, slot.attempts) = (served, 0);
+        }
     }
 
     /// The pieces of a packet that [`Outbox::next`] named.
@@ -228,7 +254,7 @@ impl<H: Held> Outbox<H> {
     fn finish(&mut self, number: u16) {
         let Some(slot) = self.slots.get_mut(usize::from(number)) else { return };
         self.done.extend(slot.pieces.drain(..).map(|piece| piece.addr));
-        (slot.packet, slot.attempts, slot.refused) = (Refusal::default(), 0, false);
+        (slot.packet, slot.attempts, slot.served, slot.refused) = (Refusal::default(), 0, 0, false);
         self.vacant.push(number);
     }
 }

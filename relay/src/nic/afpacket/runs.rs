@@ -61,6 +61,11 @@ impl Shape {
         if self.is_ipv4 { IPV4_LEN } else { IPV6_LEN }
     }
 
+    /// Where the payload is in a packet.
+    pub(super) const fn payload(self) -> std::ops::Range<usize> {
+        self.header_len()..self.header_len() + self.payload_len
+    }
+
     /// Whether `count` packets and one more fit a super-frame.
     const fn has_room(self, count: usize) -> bool {
         count < MAX_SEGMENTS && self.header_len() + self.payload_len * (count + 1) <= MAX_BYTES
@@ -109,6 +114,16 @@ impl Header {
         let mut header = Self { len: VNET_LEN + shape.header_len(), ..Self::NONE };
         if let (Some(to), Some(from)) = (header.bytes.get_mut(VNET_LEN..VNET_LEN + shape.header_len()), packet.get(..shape.header_len())) {
             to.copy_from_slice(from);
+        }
+        header
+    }
+
+    /// No super-frame either, but a header of its own before a packet's payload.
+    pub(super) fn alone(bytes: &[u8]) -> Self {
+        let mut header = Self { len: VNET_LEN + bytes.len(), ..Self::NONE };
+        match header.bytes.get_mut(VNET_LEN..header.len) {
+            Some(to) => to.copy_from_slice(bytes),
+            None => return Self::NONE,
         }
         header
     }

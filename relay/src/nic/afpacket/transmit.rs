@@ -13,6 +13,7 @@ use arrayvec::ArrayVec;
 use nix::errno::Errno;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// One way to send through a packet socket.
 pub(super) trait SendEngine {
@@ -54,9 +55,10 @@ impl<H: Held> PacketTransmit<H> {
     }
 
     /// Takes a socket of [`super::socket::open_coalesce`]: the engine that sends runs of packets as super-frames.
-    pub fn coalesce(socket: OwnedFd, umem: &Arc<Umem>, held: H) -> Self {
+    /// `pays`: where it says whether super-frames pay, and bundles with them.
+    pub fn coalesce(socket: OwnedFd, umem: &Arc<Umem>, held: H, pays: Arc<AtomicBool>) -> Self {
         let outbox = Outbox::new(COALESCE_DEPTH, umem.len() as u64, held);
-        Self { rung: Rung::Coalesce(CoalesceTransmit::new(socket, Arc::clone(umem))), outbox }
+        Self { rung: Rung::Coalesce(CoalesceTransmit::new(socket, Arc::clone(umem), pays)), outbox }
     }
 
     /// Name of the backend, as `status` shows it.
@@ -130,8 +132,14 @@ impl<H: Held> Transmit for PacketTransmit<H> {
         }
     }
 
-    fn admit(&mut self, label: u32) -> Admission {
-        if let Rung::Coalesce(coalesce) = &mut self.rung { coalesce.admit(label) } else { Admission::Take }
+    fn admit(&mut self, desc: RawDesc) -> Admission {
+        if let Rung::Coalesce(coalesce) = &mut self.rung { coalesce.admit(desc) } else { Admission::Take }
+    }
+
+    fn disappoint(&self, headers: RawDesc, len: u32, each: &mut dyn FnMut(Refusal)) {
+        if let Rung::Coalesce(coalesce) = &self.rung {
+            coalesce.disappoint(headers, len, each);
+        }
     }
 
     fn is_off(&self) -> bool {
