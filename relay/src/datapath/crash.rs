@@ -55,6 +55,8 @@ struct World {
     counters: SharedArray<Counter>,
     wires: Vec<SharedWire>,
     outputs: Vec<OutputPlan>,
+    /// Whether port 1 has a coalescing half, which takes bundles; its wire is the one behind the ports'.
+    bundling: bool,
     /// Where what is captured goes, if anything is.
     ring: Option<Arc<Segment>>,
     /// Whether the ingress side is at work (a kill there may find the egress thread alive a little longer).
@@ -103,7 +105,18 @@ impl World {
         let wires: Vec<SharedWire> = survives.into_iter().map(wire).collect();
         wires[0].borrow_mut().queue = arrivals.into();
         let umem = Arc::new(Umem::new(region((FRAMES * FRAME_SIZE) as usize)));
-        Self { umem, work, layout, counters: page.ingress.clone(), page, wires, outputs, ring: None, in_ingress: Cell::new(false) }
+        Self {
+            umem,
+            work,
+            layout,
+            counters: page.ingress.clone(),
+            page,
+            wires,
+            outputs,
+            bundling: false,
+            ring: None,
+            in_ingress: Cell::new(false),
+        }
     }
 
     fn tap(&self) -> Tap {
@@ -154,13 +167,17 @@ impl World {
             held,
             held_by_senders: held_by_senders.clone(),
             stamps,
-            bundling: (0..PORTS).map(|_| None).collect(),
+            bundling: (0..PORTS).map(|port| (self.bundling && port == 1).then(|| Arc::new(true.into()))).collect(),
             tap: self.tap(),
         });
         let mut port = |number: usize| EgressPort {
             transmit: MemoryTransmit::new(&self.wires[number], &self.umem, held_by_senders.clone()),
             ring: Consumer::attach(memory.clone(), layout.egress_ring(number)).unwrap(),
-            coalescer: None,
+            coalescer: self
+                .wires
+                .get(PORTS)
+                .filter(|_| number == 1)
+                .map(|wire| MemoryTransmit::new(wire, &self.umem, held_by_senders.clone())),
             lane: Lane::Direct,
             number,
             state: PortState::default(),
@@ -582,6 +599,56 @@ fn packet_ports_lose_at_most_what_died_with_their_rings() {
                 let mut expected = sent[port].iter();
                 assert!(now.iter().all(|packet| expected.any(|other| other == packet)), "{what:?}: port {port} {:?}", lens(&world.sent()));
             }
+        });
+    }
+}
+
+/// Outputs of port 1 that coalesce, and one of port 2 that does not; which comes last decides what a bundle gets.
+fn bundled(ports: [u32; 4]) -> Vec<OutputPlan> {
+    let mut outputs = four(ports);
+    for output in outputs.iter_mut().filter(|output| output.port == 1) {
+        output.coalesce = true;
+    }
+    (outputs[0].edit.vlan_mode, outputs[3].edit.vlan_mode) = (VLAN_KEEP, VLAN_KEEP);
+    outputs
+}
+
+fn bundling(ports: [u32; 4]) -> World {
+    let mut world = World::new(bundled(ports), [true; PORTS], arrivals());
+    world.wires.push(Rc::new(RefCell::new(Wire::new(false, 16))));
+    world.bundling = true;
+    world
+}
+
+/// What each output got, in order: the last byte of its group names it.
+fn by_output(sent: &[Vec<Vec<u8>>]) -> BTreeMap<u8, Vec<Vec<u8>>> {
+    let mut by_output: BTreeMap<u8, Vec<Vec<u8>>> = BTreeMap::new();
+    for packet in sent.iter().flatten() {
+        let ip = if packet[12..14] == [0x81, 0] { 18 } else { 14 };
+        by_output.entry(packet[ip + 19]).or_default().push(packet.clone());
+    }
+    by_output
+}
+
+/// A bundle sends bit for bit what copies would have sent. Where workers die, it loses what had left the ring, sends nothing twice
+/// or out of order, and everything is counted once, as without a kill; what goes by the port's other half is exactly once.
+#[test]
+fn bundles_are_what_copies_are_and_are_sent_at_most_once() {
+    for (ports, schedule) in [([1, 1, 1, 1], FUSED), ([1, 1, 1, 2], SPLIT), ([1, 2, 1, 1], LATE)] {
+        let (copies, _) = golden(&bundled(ports), [true; PORTS]);
+        let world = bundling(ports);
+        let fresh = world.save();
+        assert!(world.live(None, schedule));
+        world.assert_frames(&"no kill");
+        let (sent, counted) = (world.sent(), world.counted());
+        assert_eq!(by_output(&sent), by_output(&copies), "{ports:?}");
+        assert!(sent[PORTS].len() > 10, "{ports:?}: nothing was bundled");
+        world.restore(&fresh);
+        matrix_of(&world, 11, schedule, |world, what| {
+            let now = world.sent();
+            let mut expected = sent[PORTS].iter();
+            assert!(now[PORTS].iter().all(|packet| expected.any(|other| other == packet)), "{what:?}: {:?}", lens(&now));
+            assert!(now[..PORTS] == sent[..PORTS] && world.counted() == counted, "{what:?}: {:?}", lens(&now));
         });
     }
 }

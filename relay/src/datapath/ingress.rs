@@ -368,7 +368,7 @@ impl<R: Receive> Ingress<R> {
         self.freed.extend(self.spare.drain(..).map(Frame::into_index));
         self.clocks.clear();
         let Self { umem, pool, journal, egress, tally, tap, batch, freed, staging, counters, clocks, templates, .. } = self;
-        for (at, packet) in batch.drain(..).enumerate() {
+        for (at, packet) in batch.iter_mut().enumerate() {
             journal.at(at);
             let skip = poison.is_some_and(|bits| bits & 1u64.checked_shl(at as u32).unwrap_or(0) != 0);
             let Armed { now, bundling, epoch, .. } = *armed;
@@ -378,11 +378,10 @@ impl<R: Receive> Ingress<R> {
             if !skip {
                 fuse::reached(&saved);
             }
-            let left = hand.packet(table, (number, ifindex), packet, &saved, skip);
-            for fragment in left {
-                freed.push(fragment.frame.into_index());
-            }
+            hand.packet(table, (number, ifindex), packet, &saved, skip);
+            freed.extend(packet.fragments.drain(..).map(|fragment| fragment.frame.into_index()));
         }
+        batch.clear();
     }
 
     /// Publishes the egress rings, then everything else, the receive ring last.
@@ -477,19 +476,20 @@ struct Parsed<'a> {
 }
 
 impl Hand<'_> {
-    /// Gives one packet its fate at every output; returns the fragments that no output took in place.
-    fn packet(&mut self, table: &Table, (port, ifindex): (usize, u32), packet: Packet, saved: &SavedHeader, skip: bool) -> Fragments {
+    /// Gives one packet its fate at every output; what no output took in place stays in its fragments. (These are never moved as a
+    /// whole: 76 bytes, written one by one and read 16 at a time right after, were a tenth of the time at 1:1.)
+    fn packet(&mut self, table: &Table, (port, ifindex): (usize, u32), packet: &mut Packet, saved: &SavedHeader, skip: bool) {
         let len: u64 = packet.fragments.iter().map(|fragment| u64::from(fragment.len)).sum();
         self.tally.add(port_rx(port), len);
         let first_len = packet.fragments.first().map_or(0, |first| first.len) as usize;
         let head = saved.get(..first_len.min(SAVED_LEN)).unwrap_or_default();
-        let found = if skip { Err(DropReason::Poison) } else { find(table, ifindex, &packet, head, first_len, len) };
+        let found = if skip { Err(DropReason::Poison) } else { find(table, ifindex, packet, head, first_len, len) };
         let (rule, headers) = match found {
             Ok(found) => found,
             Err(reason) => {
                 self.tally.add(port_drop(port, reason), len);
                 self.tap.refuse(port, &original(self.umem, head, &packet.fragments, len), reason);
-                return packet.fragments;
+                return;
             }
         };
         self.tally.add(rule_rx(rule.slot as usize), len);
@@ -500,11 +500,10 @@ impl Hand<'_> {
             self.inspect(&headers, head, &packet.fragments)
         };
         match checked {
-            Ok(checked) => self.fan_out(rule, &Parsed { headers, checked, head, len }, packet.fragments),
+            Ok(checked) => self.fan_out(rule, &Parsed { headers, checked, head, len }, &mut packet.fragments),
             Err(reason) => {
                 self.tally.add(rule_drop(rule.slot as usize, reason), len);
                 self.tap.leave(&original(self.umem, head, &packet.fragments, len), Err(reason));
-                packet.fragments
             }
         }
     }
@@ -520,24 +519,23 @@ impl Hand<'_> {
     }
 
     /// Every output but the last gets a copy, the last the packet itself; those that are bundled are one output.
-    fn fan_out(&mut self, rule: &RulePlan, parsed: &Parsed<'_>, mut fragments: Fragments) -> Fragments {
-        let Some((last, others)) = rule.outputs.split_last() else { return fragments };
-        let together = self.together(rule, parsed, &fragments);
+    fn fan_out(&mut self, rule: &RulePlan, parsed: &Parsed<'_>, fragments: &mut Fragments) {
+        let Some((last, others)) = rule.outputs.split_last() else { return };
+        let together = self.together(rule, parsed, fragments);
         for (_, output) in others.iter().enumerate().filter(|(number, _)| together >> number & 1 == 0) {
-            let sent = self.admit(output, fragments.len()).and_then(|()| self.copy_out(output, parsed, &fragments));
-            self.count(output, parsed, &fragments, sent);
+            let sent = self.admit(output, fragments.len()).and_then(|()| self.copy_out(output, parsed, fragments));
+            self.count(output, parsed, fragments, sent);
         }
-        if together != 0 && self.bundle_out(rule, together, parsed, &mut fragments) {
-            return fragments;
+        if together != 0 && self.bundle_out(rule, together, parsed, fragments) {
+            return;
         }
         let published = self.staging.is_published(last.port);
         if self.replay && !published {
-            restore(self.umem, &mut fragments, parsed.head);
+            restore(self.umem, fragments, parsed.head);
         }
-        let sent = self.admit(last, fragments.len()).and_then(|()| self.send_in_place(last, parsed, &mut fragments, published));
-        self.count(last, parsed, &fragments, sent);
-        self.tap.leave(&original(self.umem, parsed.head, &fragments, parsed.len), Ok(()));
-        fragments
+        let sent = self.admit(last, fragments.len()).and_then(|()| self.send_in_place(last, parsed, fragments, published));
+        self.count(last, parsed, fragments, sent);
+        self.tap.leave(&original(self.umem, parsed.head, fragments, parsed.len), Ok(()));
     }
 
     fn count(&mut self, output: &OutputPlan, parsed: &Parsed<'_>, fragments: &Fragments, sent: Result<(), OutputDropReason>) {
@@ -601,7 +599,7 @@ impl Hand<'_> {
         match fits {
             Ok(()) => {
                 self.tap.sent(self.umem, output, &copies);
-                self.stage(output, 0, copies);
+                self.stage(output, 0, &mut copies);
                 Ok(())
             }
             Err(reason) => {
@@ -625,13 +623,13 @@ impl Hand<'_> {
             // The dead worker has published this ring: where the packet got in, its frames are the ring's already.
             let fits = verdict(output, parsed);
             if fits.is_ok() {
-                self.stage(output, 0, std::mem::take(fragments));
+                self.stage(output, 0, fragments);
             }
             return fits;
         }
         self.edit(output, parsed, fragments)?;
         self.tap.sent(self.umem, output, fragments);
-        self.stage(output, 0, std::mem::take(fragments));
+        self.stage(output, 0, fragments);
         Ok(())
     }
 
@@ -642,12 +640,12 @@ impl Hand<'_> {
     }
 
     /// Writes the descriptors, the first with `first_flags` too; the tokens end here, the frames are the egress ring's.
-    fn stage(&mut self, output: &OutputPlan, first_flags: u32, fragments: Fragments) {
+    fn stage(&mut self, output: &OutputPlan, first_flags: u32, fragments: &mut Fragments) {
         let port = output.port as usize;
         let skip = self.staging.is_published(output.port);
         let (Some(staged), Some(room)) = (self.staging.staged.get_mut(port), self.staging.room.get_mut(port)) else { return };
         let last = fragments.len().saturating_sub(1);
-        for (index, Fragment { frame, offset, len }) in fragments.into_iter().enumerate() {
+        for (index, Fragment { frame, offset, len }) in fragments.drain(..).enumerate() {
             let flags = if output.coalesce { COALESCE } else { 0 } | if index < last { CONTINUES } else { 0 };
             let options = RawDesc::options(output.slot, flags | if index == 0 { first_flags } else { 0 });
             let desc = RawDesc { addr: frame.base() + u64::from(offset), len, options };

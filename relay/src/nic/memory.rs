@@ -7,6 +7,7 @@
 
 use super::{BATCH_DESCS, BATCH_LEN, Batch, Fragment, Hint, Kick, Packet, Receive, ReceiveCounters, Refusal, Transmit};
 use crate::frame::HeldMap;
+use crate::frame::bundle::Bundle;
 use crate::frame::{CONTINUES, FRAME_SIZE, Frame, HEADROOM, MAX_FRAGMENTS, Pool, RawDesc, Umem};
 use crate::sys::fuse;
 use arrayvec::ArrayVec;
@@ -265,7 +266,15 @@ impl Transmit for MemoryTransmit {
                 bytes.extend(self.umem.bytes(&frame, offset, desc.len));
                 frame.into_index();
             }
-            wire.sent.push(bytes);
+            // A kill may come between two outputs of a bundle.
+            for (number, packet) in expanded(bytes, &packet).into_iter().enumerate() {
+                if number > 0 {
+                    drop(wire);
+                    fuse::stored();
+                    wire = self.wire.borrow_mut();
+                }
+                wire.sent.push(packet);
+            }
             wire.tx_taken += packet.len();
             wire.done.extend(packet.iter().map(|desc| desc.addr));
             drop(wire);
@@ -311,4 +320,17 @@ impl Transmit for MemoryTransmit {
     fn is_flushed(&mut self) -> bool {
         true
     }
+
+    fn forget(&mut self, address: u64) {
+        self.held.clear((address / u64::from(FRAME_SIZE)) as u32);
+    }
+}
+
+/// What leaves: the packet, or a bundle's packet once for each of its headers.
+fn expanded(bytes: Vec<u8>, descs: &[RawDesc]) -> Vec<Vec<u8>> {
+    let Some(headers) = descs.first().filter(|first| first.is_bundle()) else { return vec![bytes] };
+    let (headers, packet) = bytes.split_at(headers.len as usize);
+    let bundle = Bundle::read(headers).unwrap();
+    let one = |number| [bundle.header(number).unwrap().1, &packet[bundle.head().header_len as usize..]].concat();
+    (0..bundle.head().count as usize).map(one).collect()
 }

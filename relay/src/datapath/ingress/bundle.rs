@@ -86,7 +86,7 @@ impl Hand<'_> {
             true => pieces.extend(fragments.drain(..)),
             false => pieces.extend(fragments.first().and_then(|packet| self.duplicate(packet, parsed.head, published))),
         }
-        self.stage(first, BUNDLE, pieces);
+        self.stage(first, BUNDLE, &mut pieces);
     }
 
     /// A frame with the headers of `takers`.

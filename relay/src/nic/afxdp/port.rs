@@ -170,18 +170,20 @@ impl Receive for XskReceive {
             if len == 0 {
                 break;
             }
-            let mut packet = Packet { fragments: ArrayVec::new(), hint: Hint::default() };
+            // In its place from the beginning: moved there, it would be read before its last bytes have left the store buffer.
+            batch.push(Packet { fragments: ArrayVec::new(), hint: Hint::default() });
+            let Some(packet) = batch.last_mut() else { break };
             for index in 0..len {
                 let desc = self.rx.get(self.position.wrapping_add(self.taken + index));
-                self.take(umem, desc, &mut packet, spare);
+                self.take(umem, desc, packet, spare);
             }
             self.taken += len;
             if packet.fragments.len() as u32 == len {
                 packet.hint = packet.fragments.first().map(|first| hint(umem, first)).unwrap_or_default();
-                batch.push(packet);
             } else {
                 self.counters.too_big += u64::from(len as usize > MAX_FRAGMENTS);
                 spare.extend(packet.fragments.drain(..).map(|fragment| fragment.frame));
+                batch.pop();
             }
         }
     }
