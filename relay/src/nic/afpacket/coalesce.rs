@@ -480,21 +480,4 @@ impl SendEngine for CoalesceTransmit {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn flows_with_one_place_keep_their_runs() {
-        let mut open = vec![Open::NONE; OPEN];
-        let hashes: Vec<u32> = (0..PROBES as u32).map(|n| 7 + n * OPEN as u32).collect();
-        let mut run_of = |window, hash| place(&mut open, window, hash).unwrap().run;
-        assert_eq!(run_of(1, hashes[0]), NONE);
-        for (number, hash) in hashes.iter().enumerate() {
-            place(&mut open, 1, *hash).unwrap().run = number as u16;
-        }
-        let mut run_of = |window, hash| place(&mut open, window, hash).unwrap().run;
-        assert!(hashes.iter().enumerate().all(|(number, hash)| run_of(1, *hash) == number as u16), "each has its own");
-        assert_eq!(run_of(1, 7 + 99 * OPEN as u32), NONE, "one too many takes the first place");
-        assert_eq!((run_of(1, hashes[1]), run_of(2, hashes[1])), (1, NONE), "a new window has none");
-    }
-}
+mod tests;
