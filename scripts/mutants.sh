@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Injects known bugs into a copy of the shared-memory rooms, one at a time; each must be killed by the test it names.
-# Usage: scripts/mutants.sh [--list] [NAME]...      (takes minutes; never touches the working tree)
+# Injects known bugs into a copy, one at a time; each must be killed by the test it names. loom and unit: the shared-memory rooms. ns: a
+# protection of docs/reliability.md taken out of the program, which the working tree's own namespace test is then given (root).
+# Usage: scripts/mutants.sh [--list] [--together] [NAME]...      (takes minutes; never touches the working tree)
+#   --together: all the ns mutants named in one program, to save builds. Name those alone whose tests do not meet each other's.
 # Exit: 0 all killed, 1 a mutant survived or a mutation no longer applies, 2 bad usage.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
 unit_target=${CARGO_TARGET_DIR:-$root/target}
 
-# name ~ file in relay/src ~ old text ~ new text ~ loom|unit ~ the test that kills it
+# name ~ file in relay/src ~ old text ~ new text ~ loom|unit|ns:FILE of tests/tests ~ the test that kills it
 mutants=$(cat <<'LIST'
 publish-relaxed~ring/spsc.rs~self.view.producer().store(self.published, Ordering::Release)~self.view.producer().store(self.published, Ordering::Relaxed)~loom~req_002_2_elements_arrive_whole
 release-relaxed~ring/spsc.rs~self.view.consumer().store(self.released, Ordering::Release)~self.view.consumer().store(self.released, Ordering::Relaxed)~loom~req_002_2_elements_arrive_whole
@@ -33,15 +35,39 @@ gate-off-by-one~ring/broadcast.rs~        if behind.messages < capacity {~      
 gate-forgets-a-reader~ring/gate.rs~messages > found.messages~messages < found.messages~unit~req_000_2_a_gate_loses_nothing
 lock-shared~shm/channel.rs~Err(Errno::EAGAIN | Errno::EACCES) => Ok(None)~Err(Errno::EAGAIN | Errno::EACCES) => Ok(Some(Self(own)))~unit~req_000_1_second_writer
 moves-before-drained~worker/partition.rs~if free { Route::To(new) } else { Route::Hold }~if free { Route::To(new) } else { Route::To(new) }~unit~req_003_5_a_flow_keeps_its_order
+blocked-output-stops-the-rule~datapath/ingress.rs~let Some((last, others)) = rule.outputs.split_last() else { return fragments };~let Some((last, others)) = rule.outputs.split_last() else { return fragments };\n        if rule.outputs.iter().any(|output| (self.staging.room(output.port) as usize) < fragments.len()) {\n            return fragments;\n        }~ns:surroundings~an_output_that_is_blocked_costs_the_others_nothing::xsk_fused
+interface-not-followed~supervisor/ports.rs~gone.contains(&self.facts.ifindex) || known.get(&self.name).is_none_or(~gone.contains(&u32::MAX) && known.get(&self.name).is_none_or(~ns:surroundings~a_namespace_that_is_removed_takes_only_its_own_output
+restarts-at-leisure~supervisor/backoff.rs~return Restart { after: Duration::ZERO, degraded: false };~return Restart { after: Duration::from_secs(20), degraded: false };~ns:surroundings~a_worker_without_memory_is_replaced_and_nothing_is_lost
+overload-miscounted~supervisor/report.rs~more(&mut taken, statistics.rx_dropped + statistics.rx_ring_full);~more(&mut taken, 0);~ns:overload~an_overload_is_accounted_for_and_leaves_nothing_behind::xsk_fused
+why-sees-no-early-drops~doctor/why.rs~.filter(|(reason, _)| reason != "no_rule")~.filter(|(reason, _)| reason == "no_rule")~ns:why~packets_that_no_rule_sees
+why-sees-no-dead-worker~doctor/why.rs~.filter(|worker| worker.state != "run")~.filter(|worker| worker.state == "gone")~ns:inner_faults~a_crash_loop_is_named_and_costs_other_rules_nothing
+never-degraded~supervisor/backoff.rs~self.degraded |= self.deaths.is_full()~self.degraded |= self.deaths.is_empty()~ns:inner_faults~a_crash_loop_is_named_and_costs_other_rules_nothing
+memory-to-lock-unnamed~nic/afxdp/create.rs~register the UMEM (RLIMIT_MEMLOCK, CAP_IPC_LOCK)~register the UMEM~ns:inner_faults~no_memory_to_lock_is_said_at_the_start
+circle-accepted~rule/cycle.rs~(0..rules.len()).find_map(~(0..0).find_map(~ns:loops~a_circle_is_refused::xsk_fused
+loop-unsuspected~supervisor/loops.rs~now.expired <= before.expired ||~now.expired >= before.expired ||~ns:loops~two_relays_end_by_ttl::xsk_fused
+lost-lines-untold~cli/logs.rs~format!("relay: {lost} log lines lost~format!("relay: {lost} more~ns:faults~a_stopped_log_reader_costs_lines_and_no_packet
+full-disk-ends-it~cli/logs.rs~self.0.write_all(piece).is_ok()~self.0.write_all(piece).map_err(|error| if error.raw_os_error() == Some(28) { std::process::abort() }).is_ok()~ns:faults~a_log_on_a_full_disk_costs_no_packet
+length-believed~control/framing.rs~self.document_len = checked_len(len.into(), self.limit)? as usize;~self.document_len = len as usize;\n        self.document = vec![1; self.document_len.min(1 << 24)];\n        self.document.clear();~ns:faults~a_flood_of_clients_costs_no_packet_and_little_memory
+hang-unseen~shm/heartbeat.rs~if silent < self.timeout.saturating_add(self.grace)~if silent < self.timeout.saturating_add(self.grace).saturating_mul(100)~ns:liveness~req_004_5_a_stopped_worker_is_found_within_300_ms
+worker-call-allowed~worker/sandbox.rs~SeccompAction::KillProcess, SeccompAction::Allow~SeccompAction::Log, SeccompAction::Allow~ns:sandbox~a_stray_call_kills_the_worker_which_is_replaced_and_counted
+supervisor-call-allowed~supervisor/sandbox.rs~SeccompAction::Errno(libc::ENOSYS.cast_unsigned())~SeccompAction::Log~ns:sandbox~a_stray_call_of_the_supervisor_is_refused
+broken-file-is-empty~supervisor/engine.rs~let loaded = load(&self.options);~let loaded = load(&self.options).or_else(|_| Ok::<_, RunError>(RuleSet::default()));~ns:reload~sighup_with_a_file_cut_off_changes_nothing
+batch-not-redone~datapath/recover.rs~if self.journal.attempt() >= MAX_ATTEMPTS {~if self.journal.attempt() > 0 {\n            return 0;\n        }\n        if self.journal.attempt() >= MAX_ATTEMPTS {~ns:single_step~fused_one_output
+poison-tried-for-ever~datapath/recover.rs~self.journal.poison_at_cursor();~~ns:poison~a_batch_that_kills_its_workers
+keeper-not-replaced~supervisor/keeping.rs~(self.process, self.due) = (None, true);~(self.start_at, self.due) = (now + Duration::from_secs(3600), true);~ns:takeover~a_stop_takes_the_keeper_along_and_a_dead_keeper_is_replaced
+refused-sends-uncounted~datapath/egress.rs~books.count(state, refusal, OutputDropReason::SendFailed);~books.count(state, refusal, OutputDropReason::MtuExceeded);~ns:refusals~what_the_far_end_cannot_take_is_send_failed::packet
 LIST
 )
 
 selected() { [ $# -eq 1 ] || { local name=$1; shift; for want in "$@"; do [ "$want" = "$name" ] && return 0; done; return 1; }; }
 
 if [ "${1:-}" = "--list" ]; then cut -d'~' -f1,5,6 --output-delimiter='	' <<<"$mutants"; exit 0; fi
+together=
+if [ "${1:-}" = "--together" ]; then together=1; shift; fi
 for want in "$@"; do
   grep -q "^$want~" <<<"$mutants" || { echo "mutants: no mutant named $want: see --list" >&2; exit 2; }
 done
+[ -z "$together" ] || [ $# -gt 0 ] || { echo "mutants: --together needs names" >&2; exit 2; }
 
 copy=$(mktemp -d)
 # The model checker's crate takes its files from outside its own folder, and cargo knows those by absolute path: a target directory that
@@ -49,32 +75,60 @@ copy=$(mktemp -d)
 loom_target=$copy/target/loom
 trap 'rm -rf "$copy"' EXIT
 git ls-files -co --exclude-standard -z | tar --null -T - -cf - | tar -xf - -C "$copy"
+# Mutated programs are built apart, so that none is ever found where the relay is looked for; what they depend on is there already.
+ns_target=$unit_target/mutants
+if grep -q '~ns:' <<<"$mutants" && [ ! -d "$ns_target" ] && [ -d "$unit_target/debug/deps" ]; then
+  mkdir -p "$ns_target/debug"
+  cp -al "$unit_target"/debug/{.fingerprint,build,deps} "$ns_target/debug/"
+fi
+
+build_program() { (cd "$copy" && CARGO_TARGET_DIR=$ns_target cargo build -q -p relay); }
 
 run() { # runner, test
-  if [ "$1" = loom ]; then
-    (cd "$copy" && CARGO_TARGET_DIR=$loom_target RUSTFLAGS="--cfg loom" timeout 300 cargo test -q -p relay-loom --release -- "$2")
+  case $1 in
+    loom) (cd "$copy" && CARGO_TARGET_DIR=$loom_target RUSTFLAGS="--cfg loom" timeout 300 cargo test -q -p relay-loom --release -- "$2") ;;
+    unit) (cd "$copy" && CARGO_TARGET_DIR=$unit_target RELAY_CRASH_ROUNDS=5 timeout 300 cargo test -q -p relay --lib -- "$2") ;;
+    ns:*) [ -n "$together" ] || build_program || return
+      cargo test -q -p relay-tests --test "${1#ns:}" --no-run || return
+      RELAY_BIN=$ns_target/debug/relay timeout 120 cargo test -q -p relay-tests --test "${1#ns:}" -- --test-threads=1 --nocapture "$2" ;;
+  esac
+}
+
+inject() { # file, old, new
+  OLD=$(printf '%b' "$2") NEW=$(printf '%b' "$3") perl -0pi -e 'BEGIN { $count = 0 } $count += s/\Q$ENV{OLD}\E/$ENV{NEW}/; END { exit($count == 1 ? 0 : 1) }' "$copy/relay/src/$1"
+}
+
+judge() { # name, runner, test
+  local output
+  if output=$(run "$2" "$3" 2>&1); then
+    echo "SURVIVED  $1 ($3 passed, or no test of that name ran)"; survived=$((survived + 1))
+  elif ! grep -q "test result: FAILED\|panicked at\|SIG\|timed out" <<<"$output"; then
+    echo "BROKEN    $1: did not compile"; tail -5 <<<"$output"; survived=$((survived + 1))
   else
-    (cd "$copy" && CARGO_TARGET_DIR=$unit_target RELAY_CRASH_ROUNDS=5 timeout 300 cargo test -q -p relay --lib -- "$2")
+    echo "killed    $1 by $3"; killed=$((killed + 1))
+    [[ $2 != ns:* ]] || { grep -m1 -A1 "panicked at tests" <<<"$output" || true; } | cut -c1-200 | sed 's/^/          /'
   fi
 }
 
-survived=0 killed=0
+# A mutant that does not compile proves nothing, and one whose test passes on the original neither: both are checked.
+survived=0 killed=0 chosen=()
 while IFS='~' read -r name file old new runner test; do
   selected "$name" "$@" || continue
-  target=$copy/relay/src/$file
-  cp "$root/relay/src/$file" "$target"
-  # A mutant that does not compile proves nothing, and one whose test passes on the original neither: both are checked below.
-  if ! OLD=$(printf '%b' "$old") NEW=$(printf '%b' "$new") perl -0pi -e 'BEGIN { $count = 0 } $count += s/\Q$ENV{OLD}\E/$ENV{NEW}/; END { exit($count == 1 ? 0 : 1) }' "$target"; then
-    echo "STALE     $name: the text to mutate is no longer in $file"; survived=$((survived + 1)); continue
-  fi
-  if output=$(run "$runner" "$test" 2>&1); then
-    echo "SURVIVED  $name ($test passed, or no test of that name ran)"; survived=$((survived + 1))
-  elif ! grep -q "test result: FAILED\|panicked at\|SIG\|timed out" <<<"$output"; then
-    echo "BROKEN    $name: did not compile"; tail -5 <<<"$output"; survived=$((survived + 1))
+  if ! inject "$file" "$old" "$new"; then
+    echo "STALE     $name: the text to mutate is no longer in $file"; survived=$((survived + 1))
+  elif [ -n "$together" ]; then
+    chosen+=("$name~$runner~$test"); continue
   else
-    echo "killed    $name by $test"; killed=$((killed + 1))
+    judge "$name" "$runner" "$test" </dev/null
   fi
-  cp "$root/relay/src/$file" "$target"
+  cp "$root/relay/src/$file" "$copy/relay/src/$file"
 done <<<"$mutants"
+if [ -n "$together" ]; then
+  build_program
+  for one in "${chosen[@]}"; do
+    IFS='~' read -r name runner test <<<"$one"
+    judge "$name" "$runner" "$test" </dev/null
+  done
+fi
 echo "$killed killed, $survived not"
 [ "$survived" -eq 0 ]

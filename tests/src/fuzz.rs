@@ -1,7 +1,10 @@
-//! What stands between bytes of strangers and the relay, as functions of bytes: packet, rule text, config file, control message.
+//! What stands between bytes of strangers and the relay, as functions of bytes: packet, rule text, config file, control message;
+//! `segments`: what other processes of the relay's own can write.
 //!
 //! `tests/tests/fuzz.rs` gives them damaged seeds on every run, the crate in `fuzz/` gives them to libFuzzer. Each says whether the
 //! input was taken; a panic is a finding. Must never start, open or send anything.
+
+pub mod segments;
 
 use crate::raw;
 use relay::control::framing::{self, MAX_REQUEST_LEN, MAX_RESPONSE_LEN, Reassembly, Step};
@@ -52,8 +55,8 @@ fn rewritten(packet: &[u8], headers: &Headers, checked: &Checked, edit: &Edit) -
     true
 }
 
-/// By another adder than the product's.
-fn assert_sums(packet: &[u8], headers: &Headers, none: bool) {
+/// Checksums, by another adder than the product's. `none`: it has no UDP checksum.
+pub(crate) fn assert_sums(packet: &[u8], headers: &Headers, none: bool) {
     let (l3, l4) = (usize::from(headers.l3_offset), usize::from(headers.l4_offset));
     let udp = &packet[l4..l4 + usize::from(headers.udp_len)];
     assert!(headers.family == 6 || raw::sum(&packet[l3..l4], 0) == 0xffff, "IPv4 header checksum");

@@ -21,7 +21,9 @@ pub mod paths;
 pub mod process;
 pub mod raw;
 pub mod rewrites;
+pub mod step;
 pub mod stream;
+pub mod tagged;
 pub mod xdp;
 
 pub use relay::lab::{Lab, LabSpec, RelayProcess};

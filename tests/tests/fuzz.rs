@@ -1,6 +1,7 @@
 //! Damaged input by the hundred thousand, the same on every run: never a panic, never a hang, and what is taken keeps its promises.
 //!
-//! Seeds are right inputs; what a target takes joins them. `RELAY_TEST_SEED=N` is another run, `--long` a hundred times as many.
+//! Seeds are right inputs; what a target takes joins them. `RELAY_TEST_SEED=N` is another run, `--long` a hundred times as many,
+//! `RELAY_FUZZ_INPUTS=N` so many.
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up its world has failed")]
 
 use nix::time::{ClockId, clock_gettime};
@@ -8,6 +9,7 @@ use relay::control::framing::{MAX_REQUEST_LEN, MAX_RESPONSE_LEN, encode};
 use relay::control::message::{Changes, ErrorBody, Request, Response, RuleInfo, Stats, Status};
 use relay::datapath::edit::Edit;
 use relay::rule::Rule;
+use relay_tests::fuzz::segments;
 use relay_tests::mutate::{self, Random};
 use relay_tests::{fuzz, golden, paths, rewrites};
 use std::time::{Duration, Instant};
@@ -36,12 +38,18 @@ fn cpu_time() -> Duration {
 
 /// `focus`: where the damage goes, mostly; `least`: share of inputs that must be taken, in percent, so that the run says something.
 fn run(name: &str, target: fn(&[u8]) -> bool, seeds: Vec<Vec<u8>>, focus: usize, words: &[&[u8]], least: usize) {
+    run_slow(name, target, seeds, focus, words, (least, 1));
+}
+
+/// `slowness`: the short form has so many times fewer inputs.
+fn run_slow(name: &str, target: fn(&[u8]) -> bool, seeds: Vec<Vec<u8>>, focus: usize, words: &[&[u8]], (least, slowness): (usize, usize)) {
     let (mut random, mut pool, begin) = (Random::seeded(mutate::seed()), seeds, Instant::now());
     for seed in &pool {
         let _shown = Shown(name, seed);
         assert!(target(seed), "a seed is not taken");
     }
-    let count = if paths::long() { COUNT * 100 } else { COUNT };
+    let asked = std::env::var("RELAY_FUZZ_INPUTS").ok().and_then(|text| text.parse().ok());
+    let count = asked.unwrap_or(if paths::long() { COUNT * 100 } else { COUNT / slowness });
     let (mut taken, mut longest, mut last) = (0, Duration::ZERO, cpu_time());
     for _ in 0..count {
         let mut input = random.pick(&pool).clone();
@@ -59,7 +67,11 @@ fn run(name: &str, target: fn(&[u8]) -> bool, seeds: Vec<Vec<u8>>, focus: usize,
         }
     }
     let took = begin.elapsed().as_secs_f64();
-    println!("{name}: {count} inputs in {took:.1} s, {taken} taken, the slowest {longest:?} (seed {})", mutate::seed());
+    println!(
+        "{name}: {count} inputs in {took:.1} s ({:.0} a second), {taken} taken, the slowest {longest:?} (seed {})",
+        count as f64 / took,
+        mutate::seed()
+    );
     assert!(taken * 100 >= count * least, "{taken} of {count} taken: too few to say something");
 }
 
@@ -264,4 +276,88 @@ fn config_files_are_read() {
 #[test]
 fn control_messages_are_read() {
     run("control", fuzz::control, messages(), 200, &JSON_WORDS, 2);
+}
+
+/// Values that hurt, as they lie in memory.
+const NUMBERS: [&[u8]; 10] = [
+    &[0; 8],
+    &[0xff; 8],
+    &[1, 0, 0, 0],
+    &[2, 0, 0, 0],
+    &[0xff, 0xff, 0xff, 0x7f],
+    &[0, 0, 0, 0x80],
+    &[0, 0x10, 0, 0],
+    &[0, 0x20, 0, 0],
+    &[33, 0, 0, 0],
+    &[129, 0, 0, 0],
+];
+
+/// One edit in each of the words from there on.
+fn edits(places: std::ops::Range<u16>) -> Vec<Vec<u8>> {
+    let edit = |place: u16| [&place.to_le_bytes()[..], &u64::from(place % 5).to_le_bytes()].concat();
+    places.step_by(8).map(edit).collect()
+}
+
+#[test]
+fn a_status_segment_is_read_whatever_a_worker_writes() {
+    // Header and reports; words behind them.
+    let seeds = [edits(0..2_048), edits(4_096..8_192)].concat().into_iter().filter(|seed| segments::status(seed)).collect();
+    run_slow("status segment", segments::status, seeds, 60, &NUMBERS, (5, 10));
+}
+
+#[test]
+fn a_rules_segment_is_read_whatever_is_in_it() {
+    // Counts and the first rules of the half in force.
+    let seeds = [edits(4_096..4_120), edits(8_192..8_576)].concat().into_iter().filter(|seed| segments::rules(seed)).collect();
+    run_slow("rules segment", segments::rules, seeds, 60, &NUMBERS, (5, 40));
+}
+
+#[test]
+fn descriptors_of_a_ring_are_claimed_or_refused() {
+    let desc = |addr: u64, len: u32| [&addr.to_le_bytes()[..], &len.to_le_bytes(), &[0; 4]].concat();
+    let seeds = (0..16_u64).map(|frame| desc(frame * 2_048 + 256, 100)).chain([desc(0, 2_048), desc(32_767, 1)]).collect();
+    run("descriptors", segments::descriptors, seeds, 64, &NUMBERS, 5);
+}
+
+#[test]
+fn tables_of_descriptors_are_taken_whole_or_not_at_all() {
+    let seeds = [
+        "0{\"Begin\":{\"protocol\":1,\"count\":0}}\n0\"Commit\"",
+        "0{\"Begin\":{\"protocol\":1,\"count\":2}}\n2{\"Entries\":[{\"role\":\"join\",\"key\":\"1\"},{\"role\":\"link\",\"key\":\"4\"}]}\n0\"Commit\"",
+        "0{\"Begin\":{\"protocol\":1,\"count\":2}}\n1{\"Entries\":[{\"role\":\"umem\",\"key\":\"0\"}]}\n1{\"Entries\":[{\"role\":\"umem\",\"key\":\"1\"}]}\n0\"Commit\"",
+    ];
+    let words: [&[u8]; 10] =
+        [b"\n", b"0", b"1", b"7", b"\"Take\"", b"\"Commit\"", b"{\"Entries\":[]}", b"\"key\":\"\"", b"4294967295", b"\"blob\""];
+    run_slow("descriptor table", segments::table, seeds.map(|seed| seed.as_bytes().to_vec()).into(), 200, &words, (0, 20));
+}
+
+#[test]
+fn hand_overs_are_read_whole_or_refused() {
+    let kept = relay::supervisor::book::KeptRule { text: LINES[0].into(), slot: 1, serial: 2, outputs: vec![3] };
+    let handover = relay::supervisor::handover::Handover {
+        version: relay::supervisor::handover::VERSION,
+        layout: relay::plan::manifest::LAYOUT_VERSION,
+        build: "0.1.0".into(),
+        options: [("--frames".into(), "32768".into())].into(),
+        ports: vec![],
+        burials: 0,
+        rules: vec![kept],
+        next_slots: [4, 5],
+        workers: vec![],
+        retired: [("r0".into(), [1, 2, 3, 4])].into(),
+        sums: Default::default(),
+        counted: Default::default(),
+    };
+    let seeds = vec![serde_json::to_vec(&handover).unwrap()];
+    run_slow("hand-over", segments::handover, seeds, 400, &JSON_WORDS, (1, 10));
+}
+
+/// What these targets have found once: a rule slot that had a worker take gigabytes, an address at the end of all addresses, a
+/// hand-over whose error was two lines of the log.
+#[test]
+fn what_was_found_stays_mended() {
+    assert!(segments::rules(&[0x20, 0x21, 0, 0, 0, 0x81, 0, 0, 0, 0]));
+    assert!(!segments::descriptors(&[0xff; 16]));
+    assert!(!segments::handover(b"{\"version\":1,\"layout\":1,\"build\":\"0.1\\n0\"}"));
+    assert!(!segments::handover(b"{\"version\":1,\"optio\\ns\":{}}"));
 }

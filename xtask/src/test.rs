@@ -6,6 +6,7 @@
 //! Tests measure time on a machine that may be anybody's. One that fails is run once more, with the others that failed and nothing
 //! else; if it passes then, it is counted as passed, and listed as unsteady above the counts, for somebody to look at.
 
+mod faults;
 mod report;
 
 use crate::{packages, requirements, tidy, workspace};
@@ -21,6 +22,9 @@ pub(crate) struct Args {
     /// The acceptance forms: full counts, soak and everything marked as ignored (more than an hour)
     #[arg(long)]
     long: bool,
+    /// The fault table of docs/reliability.md alone: each row with its figure
+    #[arg(long, conflicts_with_all = ["long", "filter"])]
+    faults: bool,
     /// Only tests whose name contains this
     filter: Option<String>,
 }
@@ -73,6 +77,9 @@ const LONG_LIMIT: u32 = 4 * 3600;
 
 /// Runs everything and prints the closing lines.
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    if args.faults {
+        return faults::run();
+    }
     let start = Instant::now();
     packages::install_missing()?;
     let mut report = Report::default();

@@ -127,17 +127,21 @@ pub const MOVE_COALESCE: u32 = 6;
 /// What a coalescing half has finished to the return ring.
 pub const MOVE_REAP_COALESCED: u32 = 7;
 
-const STATE: usize = 0;
+/// Where a journal's state stands (u32).
+pub const STATE: usize = 0;
 const ATTEMPTS: usize = 4;
-const CURSOR: usize = 8;
-const APPLIED: usize = 12;
+/// Where the packet stands that is being processed (u32).
+pub const CURSOR: usize = 8;
+/// Where the count of settled counters stands (u32).
+pub const APPLIED: usize = 12;
 const POISON: usize = 16;
 const TARGET: usize = 32;
 const ARMED_AT: usize = 64;
 const MOVE_AT: usize = 128;
 const MARKS_AT: usize = 256;
 const FREED_AT: usize = MARKS_AT + MAX_PORTS * 8;
-const SAVED_AT: usize = FREED_AT + 1024;
+/// Where the saved headers begin.
+pub const SAVED_AT: usize = FREED_AT + 1024;
 const DESCS_AT: usize = SAVED_AT + BATCH_LEN * SAVED_LEN;
 const HINTS_AT: usize = DESCS_AT + TAKEN_DESCS * size_of::<RawDesc>();
 const INCREMENTS_AT: usize = (HINTS_AT + BATCH_LEN * size_of::<SavedHint>()).next_multiple_of(64);

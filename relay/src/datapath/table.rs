@@ -3,6 +3,7 @@
 //! Immutable once made; the worker swaps it between two batches (invariant 6). Must never be built on the packet's way.
 
 use crate::frame::bundle::MAX_BUNDLED;
+use crate::plan::counters::MAX_RULES;
 use crate::plan::edit::{Edit, VLAN_SET};
 use crate::plan::fate::OutputDropReason;
 use crate::rule::compile::Compiled;
@@ -102,7 +103,8 @@ impl Table {
     /// A snapshot. `own_sources`: the relay's own addresses by interface (a packet from one of them has looped).
     pub fn new(epoch: u32, mut rules: Vec<RulePlan>, compiled: Compiled, own_sources: Vec<(u32, [u8; 16])>) -> Self {
         rules.iter_mut().for_each(|rule| rule.shared = shared(&rule.outputs));
-        let slots = rules.iter().map(|rule| rule.slot as usize + 1).max().unwrap_or(0);
+        // A slot that there is not has no counters either: nothing finds its rule.
+        let slots = rules.iter().map(|rule| rule.slot as usize + 1).filter(|slots| *slots <= MAX_RULES).max().unwrap_or(0);
         let mut by_slot = vec![u32::MAX; slots];
         for (position, rule) in rules.iter().enumerate() {
             if let Some(entry) = by_slot.get_mut(rule.slot as usize) {

@@ -136,7 +136,7 @@ impl Umem {
         #[cfg(target_arch = "x86_64")]
         for line in 0..3 {
             use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            let at = (desc.addr as usize).saturating_sub(64) + line * 64;
+            let at = (desc.addr as usize).saturating_sub(64).saturating_add(line * 64);
             if at < self.mapping.len() {
                 // SAFETY: at lies inside the mapping, as just checked.
                 let address = unsafe { self.mapping.as_ptr().add(at) };

@@ -129,10 +129,11 @@ impl Handover {
     }
 
     fn parse(text: &[u8]) -> Result<Self, HandoverError> {
-        let failed = |error: serde_json::Error| HandoverError::Content(error.to_string());
+        // Words of the text are in both messages, which are one line of the log.
+        let failed = |error: serde_json::Error| HandoverError::Content(error.to_string().escape_debug().to_string());
         let Versions { version, layout, build } = serde_json::from_slice(text).map_err(failed)?;
         if version != VERSION || layout != LAYOUT_VERSION {
-            return Err(HandoverError::Version { build, version, layout });
+            return Err(HandoverError::Version { build: build.escape_debug().to_string(), version, layout });
         }
         serde_json::from_slice(text).map_err(failed)
     }

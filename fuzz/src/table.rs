@@ -1,0 +1,8 @@
+//! A keeper's table with its descriptors. The target is `relay_tests::fuzz::segments::table`; must never hold anything of its own.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| {
+    let _ = relay_tests::fuzz::segments::table(data);
+});
