@@ -40,8 +40,10 @@ pub const COPIES_SLOTS: u32 = 256;
 pub const QUEUE_SLOTS: u32 = 32;
 /// The index of a redirect to all devices of a map, which looks at none: no index of `DEVICES`.
 pub const EVERY_DEVICE: u32 = u32::MAX;
-/// Places of `FLOWS` on each CPU, a power of two.
-pub const FLOW_SLOTS: u32 = 16_384;
+/// Places of a bucket of `FLOWS`.
+pub const FLOW_WAYS: usize = 2;
+/// Buckets of `FLOWS` on each CPU, a power of two; fewer where there are many CPUs (global `FLOW_BUCKETS`).
+pub const MAX_FLOW_BUCKETS: u32 = 16_384;
 /// Entries of `KERNEL_DROPS`.
 pub const MAX_DROP_KEYS: u32 = 65_536;
 
@@ -137,11 +139,12 @@ pub struct Span {
     pub settled: u32,
 }
 
-/// A flow whose packets the XDP program has carried, untagged IPv4, network order: what to do with the next. 32 bytes.
+/// A flow whose packets the XDP program has carried, untagged IPv4: all that the next packet takes, in one cache line.
+/// Addresses and what is written as they stand in memory, as far as not said otherwise. 64 bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct KnownFlow {
-    /// The tables' generation that this was found in (map `GENERATION`); 0: an empty place.
+    /// The tables' generation that this was found in (word `GENERATION`); 0: an empty place.
     pub generation: u32,
     /// Ingress interface.
     pub ifindex: u32,
@@ -149,29 +152,75 @@ pub struct KnownFlow {
     pub src: u32,
     /// Destination.
     pub dst: u32,
-    /// Destination port, network order in the low 16 bits.
-    pub port: u32,
-    /// Number of the plan.
-    pub plan: u32,
+    /// The source written.
+    pub new_src: u32,
+    /// The destination written.
+    pub new_dst: u32,
+    /// The destination's MAC address and the first two bytes of the source's.
+    pub macs: u64,
+    /// The rest of that.
+    pub mac_end: u32,
+    /// Destination port.
+    pub port: u16,
+    /// Longest packet from the IP header on, host order.
+    pub max_l3_len: u16,
+    /// Both ports written.
+    pub new_ports: u32,
+    /// [`Queued::owner`].
+    pub owner: u32,
+    /// [`Queued::serial`].
+    pub serial: u32,
+    /// What the addresses' change adds to a checksum's sum.
+    pub change: u16,
+    /// Bits of the source port that stay.
+    pub keep_port: u16,
+    /// [`KernelPlan::min_ttl`].
+    pub min_ttl: u8,
+    /// Bits of the TTL that stay before `less_ttl` is taken off.
+    pub keep_ttl: u8,
+    /// Taken off the TTL, which wraps.
+    pub less_ttl: u8,
+    /// Bits of the traffic class that stay.
+    pub keep_class: u8,
+    /// Bits of the traffic class that are set.
+    pub set_class: u8,
+    /// [`KernelOutput::device`].
+    pub device: u8,
     /// [`crate::IngressConfig::slot`].
-    pub interface: u32,
+    pub interface: u8,
     /// Always 0.
-    pub zero: u32,
+    pub zero: u8,
 }
+
+/// The flows of one bucket. 128 bytes.
+pub type FlowBucket = [KnownFlow; FLOW_WAYS];
 
 /// A packet on its way into a device. 12 bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Queued {
-    /// Slot of its output's counters.
-    pub slot: u32,
+    /// Slot of its output's counters; in the high half the rule's, if the rule has yet to count it, else [`NO_OWNER`].
+    pub owner: u32,
     /// Serial of its rule.
     pub serial: u32,
-    /// Bytes to send.
+    /// Bytes to send; in the high half the interface's slot, if that has yet to count it.
     pub len: u32,
 }
 
-/// Packets on their way, in order: numbers `tail..head`, each in the place of its low bits. 392 bytes.
+/// In the high half of [`Queued::owner`]: rule and interface have counted the packet.
+pub const NO_OWNER: u32 = 0xffff;
+
+/// Packets that are alike, one after the other. 16 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// Each of them.
+    pub packet: Queued,
+    /// How many; 0: none are left.
+    pub count: u32,
+}
+
+/// Packets on their way, in order: batches `tail..head`, each in the place of its low bits. 520 bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Queue {
@@ -179,8 +228,8 @@ pub struct Queue {
     pub head: u32,
     /// The next to be settled.
     pub tail: u32,
-    /// The packets.
-    pub packets: [Queued; QUEUE_SLOTS as usize],
+    /// The batches.
+    pub batches: [Batch; QUEUE_SLOTS as usize],
 }
 
 /// [`DropKey::kind`]: `slot` is a rule's, `reason` a `DropReason`.
@@ -251,9 +300,12 @@ const _: () = {
     assert!(size_of::<PlanDevice>() == 8);
     assert!(size_of::<Copies>() == 40);
     assert!(size_of::<Span>() == 8);
-    assert!(size_of::<KnownFlow>() == 32);
+    assert!(size_of::<KnownFlow>() == 64);
     assert!(size_of::<Queued>() == 12);
-    assert!(size_of::<Queue>() == 392);
+    assert!(size_of::<Batch>() == 16);
+    assert!(size_of::<Queue>() == 520);
+    assert!(MAX_OUTPUT_SLOTS <= NO_OWNER && MAX_RULE_SLOTS <= NO_OWNER);
+    assert!(MAX_LINEAR_L3_LEN < 0xffff && MAX_DEVICES <= 0xff);
     assert!(size_of::<DropKey>() == 12);
     assert!(size_of::<Ticket>() == 12);
 };

@@ -142,9 +142,15 @@ pub fn store<const N: usize>(ctx: &XdpContext, offset: u32, bytes: &[u8; N], len
 /// Adds one packet of `bytes` bytes to a counter of this CPU.
 #[inline(always)]
 pub fn add(counter: Option<*mut relay_common::CounterValue>, bytes: u32) {
+    add_all(counter, 1, bytes);
+}
+
+/// Adds `count` packets of `bytes` bytes each to a counter of this CPU.
+#[inline(always)]
+pub fn add_all(counter: Option<*mut relay_common::CounterValue>, count: u32, bytes: u32) {
     let Some(counter) = counter else { return };
     // SAFETY: a non-null lookup in a per-CPU array is this CPU's own element; programs on one CPU don't interleave here.
     let counter = unsafe { &mut *counter };
-    counter.packets += 1;
-    counter.bytes += u64::from(bytes);
+    counter.packets += u64::from(count);
+    counter.bytes += u64::from(count) * u64::from(bytes);
 }

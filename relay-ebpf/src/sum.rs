@@ -14,6 +14,8 @@ pub const BUFFER_LEN: usize = 4096;
 pub type Buffer = [u8; BUFFER_LEN];
 
 const UDP_CHECKSUM_AT: u32 = 6;
+/// Bytes that the kernel's helper sums at once: before 6.13 it refuses more.
+const BLOCK: u32 = 512;
 
 /// Adds the carries back until 16 bits are left.
 #[inline(always)]
@@ -133,15 +135,25 @@ fn datagram_sum(ctx: &XdpContext, at: u32, len: u32, buffer: *mut Buffer) -> Opt
     }
     // SAFETY: `words` is at most 4092, and the buffer has 4096 bytes.
     unsafe { packet::load(ctx, at, buffer.cast(), words) }.then_some(())?;
-    // SAFETY: the same bytes; the helper reads them.
-    let sum = unsafe { helpers::bpf_csum_diff(core::ptr::null_mut(), 0, buffer.cast(), words, 0) };
-    if sum < 0 {
-        return None;
+    let mut sum = 0;
+    for number in 0..BUFFER_LEN as u32 / BLOCK {
+        let at = number * BLOCK;
+        if at >= words {
+            break;
+        }
+        // SAFETY: as above; the helper reads them.
+        let more = unsafe {
+            helpers::bpf_csum_diff(core::ptr::null_mut(), 0, buffer.cast::<u8>().add(at as usize).cast(), (words - at).min(BLOCK), 0)
+        };
+        if more < 0 {
+            return None;
+        }
+        sum += more as u64;
     }
     let mut last = [0_u8; 4];
     if tail != 0 {
         // SAFETY: `last` has 4 bytes, and `tail` is at most 3.
         unsafe { packet::load(ctx, at + words, last.as_mut_ptr(), tail) }.then_some(())?;
     }
-    Some(sum as u64 + u64::from(u32::from_ne_bytes(last)))
+    Some(sum + u64::from(u32::from_ne_bytes(last)))
 }

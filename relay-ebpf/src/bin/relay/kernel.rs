@@ -63,28 +63,22 @@ pub(crate) fn plan(rule: &SourceVerdict) -> Option<&'static KernelPlan> {
     (plan.slot == rule.slot && plan.serial == rule.serial).then_some(plan)
 }
 
-/// A plan by its number.
-#[inline(always)]
-pub(crate) fn plan_of(number: u32) -> Option<&'static KernelPlan> {
-    PLANS.get(number)
-}
-
 /// Chooses an output's device, if there is one: the XDP action.
 #[inline(always)]
-pub(crate) fn redirect(output: &KernelOutput) -> Option<u32> {
-    DEVICES.redirect(output.device, u64::from(XDP_DROP)).ok()
+pub(crate) fn redirect(device: u32) -> Option<u32> {
+    DEVICES.redirect(device, u64::from(XDP_DROP)).ok()
 }
 
-/// A rule has taken a packet.
+/// A rule has taken packets.
 #[inline(always)]
-pub(crate) fn count_rule(slot: u32, len: u32) {
-    packet::add(RULE_RX.get_ptr_mut(slot), len);
+pub(crate) fn count_rule(slot: u32, count: u32, len: u32) {
+    packet::add_all(RULE_RX.get_ptr_mut(slot), count, len);
 }
 
 /// Carries a packet: the XDP action.
 #[inline(always)]
 pub(crate) fn carry(ctx: &XdpContext, config: &IngressConfig, plan: &KernelPlan, number: u32, len: u32) -> u32 {
-    count_rule(plan.slot, len);
+    count_rule(plan.slot, 1, len);
     let packet = Packet::new(ctx);
     let fate = if !is_tag(&packet, 12) {
         send::<14>(ctx, config, plan, number, len)
@@ -176,8 +170,8 @@ extern "C" fn look_at_each(number: u32, ttl: u32, l3_len: u32, len: u32, lost: u
         }
         let Some(output) = OUTPUTS.get(plan.first_output + index) else { break };
         let _ = match refusal(output, ttl, l3_len) {
-            Some(reason) => drop_for(DROP_OF_OUTPUT.into(), output.slot, plan.serial, reason.into(), len),
-            None if lost != 0 => drop_for(DROP_OF_OUTPUT.into(), output.slot, plan.serial, SEND_FAILED.into(), len),
+            Some(reason) => drop_for_output(output.slot, plan.serial, reason, len),
+            None if lost != 0 => drop_for_output(output.slot, plan.serial, SEND_FAILED, len),
             None => {
                 sent += 1;
                 0
@@ -190,16 +184,22 @@ extern "C" fn look_at_each(number: u32, ttl: u32, l3_len: u32, len: u32, lost: u
 /// Rewrites the packet and sends it. The device first: where there is none, nothing has been changed.
 #[inline(always)]
 fn send_only<const L3: usize, const FAMILY: u8>(ctx: &XdpContext, plan: &KernelPlan, output: &KernelOutput, len: u32) -> u32 {
-    let Some(action) = redirect(output) else {
-        outcome::refused(output.device, &Queued { slot: output.slot, serial: plan.serial, len });
+    let Some(action) = redirect(output.device) else {
+        outcome::refused(output.device, &counted(output, plan.serial, len), 1);
         return XDP_DROP;
     };
     if !rewrite::<L3, FAMILY>(ctx, &output.edit) {
-        drop_for(DROP_OF_OUTPUT.into(), output.slot, plan.serial, NO_HEADROOM.into(), len);
+        drop_for_output(output.slot, plan.serial, NO_HEADROOM, len);
         return XDP_DROP;
     }
-    outcome::entered(output.device, Queued { slot: output.slot, serial: plan.serial, len: sent_len(ctx) });
+    outcome::entered(output.device, counted(output, plan.serial, sent_len(ctx)));
     action
+}
+
+/// A packet for an output that its rule and its interface have counted.
+#[inline(always)]
+pub(crate) fn counted(output: &KernelOutput, serial: u32, len: u32) -> Queued {
+    Queued { owner: output.slot | NO_OWNER << 16, serial, len }
 }
 
 #[inline(always)]
@@ -233,19 +233,24 @@ fn lose_all(number: u32, header: &Header, len: u32) -> u32 {
 
 #[inline(always)]
 fn drop_for_rule(plan: &KernelPlan, reason: u16, len: u32) {
-    drop_for(DROP_OF_RULE.into(), plan.slot, plan.serial, reason.into(), len);
+    drop_for(plan.slot, plan.serial, u32::from(DROP_OF_RULE) << 16 | u32::from(reason), 1, len);
 }
 
-/// Counts a drop. Looked at by itself, as [`look_at_each`].
+#[inline(always)]
+fn drop_for_output(slot: u32, serial: u32, reason: u16, len: u32) -> u32 {
+    drop_for(slot, serial, u32::from(DROP_OF_OUTPUT) << 16 | u32::from(reason), 1, len)
+}
+
+/// Counts drops; `why`: kind and reason. Looked at by itself, as [`look_at_each`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn drop_for(kind: u32, slot: u32, serial: u32, reason: u32, len: u32) -> u32 {
-    let key = DropKey { slot, serial, kind: kind as u16, reason: reason as u16 };
+pub(crate) extern "C" fn drop_for(slot: u32, serial: u32, why: u32, count: u32, len: u32) -> u32 {
+    let key = DropKey { slot, serial, kind: (why >> 16) as u16, reason: why as u16 };
     if KERNEL_DROPS.get_ptr(&key).is_none() {
         // Somebody else may have been first; full is full, and then the sums show it.
         let _ = KERNEL_DROPS.insert(&key, &NOTHING, u64::from(BPF_NOEXIST));
     }
-    packet::add(KERNEL_DROPS.get_ptr_mut(&key), len);
+    packet::add_all(KERNEL_DROPS.get_ptr_mut(&key), count, len);
     0
 }
 
@@ -326,13 +331,13 @@ fn finish<const L3: usize>(ctx: &XdpContext, output: &KernelOutput, serial: u32)
     if !written {
         return unwritten(output, serial, before);
     }
-    outcome::passed(Queued { slot: output.slot, serial, len: sent_len(ctx) });
+    outcome::passed(counted(output, serial, sent_len(ctx)));
     XDP_PASS
 }
 
 #[inline(always)]
 fn unwritten(output: &KernelOutput, serial: u32, len: u32) -> u32 {
-    drop_for(DROP_OF_OUTPUT.into(), output.slot, serial, NO_HEADROOM.into(), len);
+    drop_for_output(output.slot, serial, NO_HEADROOM, len);
     XDP_DROP
 }
 

@@ -7,7 +7,8 @@
 //! then nothing of ours is on its way. Must never count a packet that did not come through [`entered`], [`passed`] or [`expect`].
 #![expect(unsafe_code, reason = "this CPU's own map elements are written; a field of a kernel structure is read")]
 
-use crate::kernel::{drop_for, output, refusal};
+use crate::kernel::{count_rule, counted, drop_for, output, refusal};
+use crate::program;
 use aya_ebpf::{
     Global,
     bindings::bpf_map_type::BPF_MAP_TYPE_DEVMAP,
@@ -16,8 +17,8 @@ use aya_ebpf::{
     macros::{btf_map, raw_tracepoint},
     programs::RawTracePointContext,
 };
-use relay_common::CounterValue;
 use relay_common::kernel::*;
+use relay_common::{CounterValue, XdpCounter};
 use relay_ebpf::packet;
 
 /// Where `struct net_device` has its `ifindex`, from the kernel's BTF. Written by the loader.
@@ -32,7 +33,8 @@ static REFUSED: PerCpuArray<u64, { MAX_DEVICES as usize }> = PerCpuArray::new();
 /// The place in `DEVICES` by interface.
 #[btf_map]
 static DEVICE_OF: HashMap<u32, u32, { MAX_DEVICES as usize * 4 }> = HashMap::new();
-/// Packets with one output on their way into a device.
+/// Packets with one output on their way into a device. Those that took the short way are counted when they leave it: a batch of
+/// packets that are alike costs what one does.
 #[btf_map]
 static QUEUES: PerCpuArray<Queue, { MAX_DEVICES as usize }> = PerCpuArray::new();
 /// Packets that the egress program has passed since the last driver call.
@@ -55,18 +57,28 @@ fn own<T>(element: Option<*mut T>) -> Option<&'static mut T> {
 
 #[inline(always)]
 fn push(queue: &mut Queue, packet: Queued) {
-    queue.packets[(queue.head & (QUEUE_SLOTS - 1)) as usize] = packet;
+    let last = &mut queue.batches[(queue.head.wrapping_sub(1) & (QUEUE_SLOTS - 1)) as usize];
+    if last.count != 0 && last.packet == packet {
+        last.count += 1;
+        return;
+    }
+    queue.batches[(queue.head & (QUEUE_SLOTS - 1)) as usize] = Batch { packet, count: 1 };
     queue.head = queue.head.wrapping_add(1);
 }
 
+/// The next packet, and how many like it come with it: `most` at most.
 #[inline(always)]
-fn pop(queue: &mut Queue) -> Option<Queued> {
+fn take(queue: &mut Queue, most: u32) -> Option<(Queued, u32)> {
     if queue.tail == queue.head {
         return None;
     }
-    let packet = queue.packets[(queue.tail & (QUEUE_SLOTS - 1)) as usize];
-    queue.tail = queue.tail.wrapping_add(1);
-    Some(packet)
+    let batch = &mut queue.batches[(queue.tail & (QUEUE_SLOTS - 1)) as usize];
+    let count = batch.count.min(most);
+    batch.count -= count;
+    if batch.count == 0 {
+        queue.tail = queue.tail.wrapping_add(1);
+    }
+    Some((batch.packet, count))
 }
 
 /// A packet is redirected to a device.
@@ -97,7 +109,7 @@ pub(crate) fn passed(packet: Queued) {
 #[inline(always)]
 pub(crate) fn passed_on(ifindex: u32) {
     if let Some(device) = device_of(ifindex)
-        && let Some(packet) = own(QUEUES.get_ptr_mut(device)).and_then(pop)
+        && let Some((packet, _)) = own(QUEUES.get_ptr_mut(device)).and_then(|queue| take(queue, 1))
     {
         passed(packet);
     }
@@ -109,21 +121,32 @@ fn device_of(ifindex: u32) -> Option<u32> {
     unsafe { DEVICE_OF.get(ifindex) }.copied()
 }
 
-/// Counts a packet that the kernel did not send.
+/// Counts packets that the kernel did not send.
 #[inline(always)]
-pub(crate) fn refused(device: u32, packet: &Queued) {
-    count_refused(device, packet.slot, packet.serial, packet.len);
+pub(crate) fn refused(device: u32, packet: &Queued, count: u32) {
+    count_refused(device, packet.owner, packet.serial, packet.len, count);
 }
 
 /// Looked at by itself, as `kernel::look_at_each`: inlined, it made the loop over a queue cost the verifier 0.4 s a start.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn count_refused(device: u32, slot: u32, serial: u32, len: u32) -> u32 {
-    drop_for(DROP_OF_OUTPUT.into(), slot, serial, SEND_FAILED.into(), len);
-    if let Some(count) = own(REFUSED.get_ptr_mut(device)) {
-        *count += 1;
+extern "C" fn count_refused(device: u32, owner: u32, serial: u32, len: u32, count: u32) -> u32 {
+    count_taken(owner, len, count);
+    drop_for(owner & 0xffff, serial, u32::from(DROP_OF_OUTPUT) << 16 | u32::from(SEND_FAILED), count, len & 0xffff);
+    if let Some(refused) = own(REFUSED.get_ptr_mut(device)) {
+        *refused += u64::from(count);
     }
     0
+}
+
+/// Counts packets for their rule and their interface, if those have yet to count them.
+#[inline(always)]
+fn count_taken(owner: u32, len: u32, count: u32) {
+    let rule = owner >> 16;
+    if rule != NO_OWNER {
+        count_rule(rule, count, len & 0xffff);
+        program::count_all(len >> 16, XdpCounter::Kernel, count, len & 0xffff);
+    }
 }
 
 /// A packet is about to go out to all ready outputs of its plan: its number.
@@ -162,7 +185,7 @@ extern "C" fn settle_copies(sequence: u32) -> u32 {
         }
         let Some(output) = output(copies.first_output + index) else { break };
         if refusal(output, copies.ttl, copies.l3_len).is_none() {
-            refused(output.device, &Queued { slot: output.slot, serial: copies.serial, len: copies.len });
+            refused(output.device, &counted(output, copies.serial, copies.len), 1);
         }
     }
     0
@@ -194,22 +217,27 @@ fn relay_flushed(ctx: RawTracePointContext) -> i32 {
     let ran = own(RAN.get_ptr_mut(0)).map_or(0, core::mem::take);
     let queue = if ran != 0 { PASSED.get_ptr_mut(0) } else { device.and_then(|device| QUEUES.get_ptr_mut(device)) };
     if let Some(queue) = own(queue) {
-        settle(queue, device.unwrap_or(MAX_DEVICES), sent, sent + drops);
+        settle(queue, device.unwrap_or(MAX_DEVICES), sent, drops);
     }
     0
 }
 
 #[inline(always)]
-fn settle(queue: &mut Queue, device: u32, sent: u32, count: u32) {
-    for index in 0..QUEUE_SLOTS {
-        if index >= count {
+fn settle(queue: &mut Queue, device: u32, mut sent: u32, mut drops: u32) {
+    // One batch more than there are places: it may have been sent in part.
+    for _ in 0..=QUEUE_SLOTS {
+        let most = if sent != 0 { sent } else { drops };
+        if most == 0 {
             break;
         }
-        let Some(packet) = pop(queue) else { break };
-        if index < sent {
-            packet::add(OUTPUT_TX.get_ptr_mut(packet.slot), packet.len);
+        let Some((packet, count)) = take(queue, most) else { break };
+        if sent != 0 {
+            sent -= count;
+            count_taken(packet.owner, packet.len, count);
+            packet::add_all(OUTPUT_TX.get_ptr_mut(packet.owner & 0xffff), count, packet.len & 0xffff);
         } else {
-            refused(device, &packet);
+            drops -= count;
+            refused(device, &packet, count);
         }
     }
 }
@@ -231,9 +259,16 @@ fn relay_refused(ctx: RawTracePointContext) -> i32 {
     if kind != BPF_MAP_TYPE_DEVMAP {
         return 0;
     }
-    let Some(queue) = own(QUEUES.get_ptr_mut(index)).filter(|queue| queue.head != queue.tail) else { return 0 };
-    queue.head = queue.head.wrapping_sub(1);
-    let packet = queue.packets[(queue.head & (QUEUE_SLOTS - 1)) as usize];
-    refused(index, &packet);
+    let Some(queue) = own(QUEUES.get_ptr_mut(index)) else { return 0 };
+    let last = &mut queue.batches[(queue.head.wrapping_sub(1) & (QUEUE_SLOTS - 1)) as usize];
+    if last.count == 0 {
+        return 0;
+    }
+    last.count -= 1;
+    let packet = last.packet;
+    if last.count == 0 {
+        queue.head = queue.head.wrapping_sub(1);
+    }
+    refused(index, &packet, 1);
     0
 }

@@ -7,7 +7,11 @@
 
 use crate::{flow, kernel};
 use aya_ebpf::{
-    bindings::xdp_action::{XDP_PASS, XDP_REDIRECT},
+    EbpfContext as _,
+    bindings::{
+        xdp_action::{XDP_PASS, XDP_REDIRECT},
+        xdp_md,
+    },
     btf_maps::{HashMap, LpmTrie, PerCpuArray, XskMap, lpm_trie::Key},
     macros::{btf_map, xdp},
     programs::XdpContext,
@@ -36,7 +40,14 @@ static COUNTERS: PerCpuArray<relay_common::CounterValue, { (COUNTER_SLOTS * XdpC
 /// Parse, match, redirect, count.
 #[xdp(frags)]
 fn relay(ctx: XdpContext) -> u32 {
-    handle::<true>(&ctx)
+    flow::carry(&ctx).unwrap_or_else(|| relay_unknown(ctx.as_ptr().cast()))
+}
+
+/// Looked at by the verifier by itself.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn relay_unknown(md: *mut xdp_md) -> u32 {
+    handle::<true>(&XdpContext::new(md))
 }
 
 /// The same without the kernel path, for a loader without CAP_PERFMON: the verifier refuses what the kernel path does then.
@@ -53,9 +64,6 @@ fn relay_single(ctx: XdpContext) -> u32 {
 
 #[inline(always)]
 fn handle<const KERNEL: bool>(ctx: &XdpContext) -> u32 {
-    if KERNEL && let Some(action) = flow::carry(ctx) {
-        return action;
-    }
     let len = Packet::new(ctx).len();
     let ifindex = ctx.ingress_ifindex() as u32;
     // SAFETY: the supervisor writes an entry before it attaches and only replaces it as a whole; a torn read costs a PASS or a miss.
@@ -89,7 +97,7 @@ fn decide<const KERNEL: bool>(ctx: &XdpContext, config: &IngressConfig, ifindex:
         && let Some(plan) = kernel::plan(&rule)
     {
         let number = kernel::number(&rule);
-        flow::remember(generation, config, ifindex, &flow, plan, number);
+        flow::remember(generation, config, ifindex, &flow, plan);
         return (XdpCounter::Kernel, kernel::carry(ctx, config, plan, number, len));
     }
     redirect(ctx, config.slot, rule)
@@ -174,8 +182,13 @@ fn redirect(ctx: &XdpContext, slot: u32, rule: SourceVerdict) -> (XdpCounter, u3
 }
 
 #[inline(always)]
-pub(crate) fn count(slot: u32, counter: XdpCounter, len: u32) {
-    packet::add(COUNTERS.get_ptr_mut(slot * XdpCounter::COUNT + counter as u32), len);
+fn count(slot: u32, counter: XdpCounter, len: u32) {
+    count_all(slot, counter, 1, len);
+}
+
+#[inline(always)]
+pub(crate) fn count_all(slot: u32, counter: XdpCounter, count: u32, len: u32) {
+    packet::add_all(COUNTERS.get_ptr_mut(slot * XdpCounter::COUNT + counter as u32), count, len);
 }
 
 /// 1: [`diagnose`] logs. Written by the loader.

@@ -299,9 +299,11 @@ fn duplicate(ebpf: &Ebpf, name: &'static str) -> Result<(&'static str, OwnedFd),
 fn open(options: &LoadOptions<'_>, multi_buffer: bool) -> Result<Ebpf, ProgramError> {
     let embedded = if options.diagnostics { RELAY_LOG_OBJECT } else { RELAY_OBJECT };
     let (multi_buffer, log, ifindex_at) = (u32::from(multi_buffer), 1_u32, outcome::ifindex_offset().unwrap_or(0));
+    let (buckets, all) = kernel::flow_buckets(aya::util::nr_cpus().unwrap_or(1) as u32);
     let mut loader = EbpfLoader::new();
     loader.btf(None).map_max_entries("MATCHES", options.matches).map_max_entries("SOURCES", options.sources);
     loader.override_global("MULTI_BUFFER", &multi_buffer, true);
+    loader.map_max_entries("FLOWS", all).override_global("FLOW_BUCKETS", &buckets, true);
     loader.override_global("IFINDEX_AT", &ifindex_at, true);
     if options.diagnostics {
         loader.override_global("LOG", &log, true);

@@ -10,7 +10,7 @@ use aya::Ebpf;
 use aya::maps::{Array, ArrayOfMaps, DevMap, HashMap, Map, MapData, PerCpuArray, PerCpuHashMap, PerCpuValues};
 use aya::programs::ProgramFd;
 use relay_common::CounterValue;
-use relay_common::kernel::{DropKey, KernelOutput, KernelPlan, MAX_DEVICES, PlanDevice};
+use relay_common::kernel::{DropKey, KernelOutput, KernelPlan, MAX_DEVICES, MAX_FLOW_BUCKETS, PlanDevice};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -27,6 +27,18 @@ const EGRESS_PROGRAM: &str = "relay_egress";
 pub type Broadcast = DevMap<MapData>;
 /// Drops of the kernel path by key.
 pub type Drops = BTreeMap<DropKey, CounterValue>;
+
+/// Buckets of flows that all CPUs have together, at most: 64 MiB.
+const ALL_FLOW_BUCKETS: u32 = 1 << 19;
+/// The map with the only word that the program and user space share without a look-up.
+const WORDS: &str = ".bss";
+
+/// The power of two of buckets that each of so many CPUs has for its flows, and how many that makes.
+pub(super) fn flow_buckets(cpus: u32) -> (u32, u32) {
+    let share = (ALL_FLOW_BUCKETS / cpus.max(1)).max(1);
+    let buckets = (1 << share.ilog2()).min(MAX_FLOW_BUCKETS);
+    (buckets, cpus.max(1) * buckets)
+}
 
 /// Devmaps on their way into the map of maps.
 #[derive(Debug)]
@@ -60,7 +72,7 @@ pub struct KernelTables {
     watch: Watch,
     egress: ProgramFd,
     cpus: usize,
-    /// Map `GENERATION`, and what stands in it.
+    /// The word `GENERATION`, and what stands in it.
     generation: (Array<MapData, u32>, u32),
     rule_plans: PerCpuArray<MapData, u64>,
     plans: Array<MapData, KernelPlan>,
@@ -90,7 +102,7 @@ impl KernelTables {
             watch: outcome::load(ebpf)?,
             egress,
             cpus,
-            generation: (map(ebpf, "GENERATION")?, 0),
+            generation: (map(ebpf, WORDS)?, 0),
             rule_plans: map(ebpf, "RULE_PLANS")?,
             plans: map(ebpf, "PLANS")?,
             outputs: map(ebpf, "OUTPUTS")?,
