@@ -25,7 +25,7 @@ coalescing!(
 
 const GROUP: &str = "239.1.1.1:5000";
 const TO: &str = "239.9.9.9:6000";
-const COUNT: u64 = 20_000;
+const COUNT: u64 = 10_000;
 const RATE: u64 = 100_000;
 
 /// Sends `COUNT` datagrams in bursts that find the worker stopped, so that they wait as batches however slow the machine is.
@@ -73,7 +73,7 @@ fn a_stream_arrives_whole_and_in_order(path: &Path) {
     let before = skbs_sent(&lab);
     let listener = Listener::on(lab.sink(1), "k1", TO, Some(COUNT)).unwrap();
     let counted = relay.stats().unwrap();
-    send_in_bursts(&lab, &relay, GROUP, COUNT, 40);
+    send_in_bursts(&lab, &relay, GROUP, COUNT, 20);
     assert_whole(listener, COUNT);
     await_moved(&relay, &counted, "a", &Moved::all(COUNT, 1)).unwrap();
     let skbs = skbs_sent(&lab) - before;
@@ -168,7 +168,7 @@ fn a_receiver_with_udp_gro_sees_whole_datagrams(path: &Path) {
         })
         .unwrap();
     let before = relay.stats().unwrap();
-    send_in_bursts(&lab, &relay, GROUP, COUNT, 40);
+    send_in_bursts(&lab, &relay, GROUP, COUNT, 20);
     await_moved(&relay, &before, "a", &Moved::all(COUNT, 1)).unwrap();
     std::thread::sleep(Duration::from_millis(100));
     let (mut bytes, mut buffers) = (0, 0);
@@ -197,7 +197,7 @@ fn a_device_that_refuses_is_sent_single_packets(path: &Path) {
     let relay = start_relay(&lab, &["--backend", path.path, "--rule", &rule]).unwrap();
     let listener = Listener::on(lab.sink(1), "k1", TO, Some(COUNT)).unwrap();
     let before = relay.stats().unwrap();
-    send_in_bursts(&lab, &relay, GROUP, COUNT, 40);
+    send_in_bursts(&lab, &relay, GROUP, COUNT, 20);
     assert_whole(listener, COUNT);
     let after = await_moved(&relay, &before, "a", &Moved::all(COUNT, 1)).unwrap();
     let rules = relay.rules().unwrap();

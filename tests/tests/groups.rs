@@ -1,7 +1,7 @@
 //! Thousands of groups with the kernel's default limits: added at once, listed, joined, forwarded, removed, nothing left.
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up its world has failed")]
 
-use relay_tests::paths::{Listen, Path, Run};
+use relay_tests::paths::{Listen, Path, Run, long};
 use relay_tests::{Lab, RelayProcess, on_every_path, send_args};
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
@@ -58,7 +58,7 @@ fn six_thousand_groups_come_and_go(path: &Path) {
     let lab = Lab::simple().unwrap();
     let relay = path.start(&lab, &["r0 239.1.1.1:5000 -> r1; id=stays"]).unwrap();
     let before = descriptors(&relay);
-    for round in 0..2 {
+    for round in 0..if long() { 3 } else { 1 } {
         let took = apply(&relay, GROUPS);
         let begin = Instant::now();
         let rules = relay.rules().unwrap();

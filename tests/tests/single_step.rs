@@ -3,7 +3,7 @@
 //! three instructions further, else stepped on by a random number of instructions, so that it dies anywhere in a batch. Ordinary
 //! receivers say what arrived: everything, once, in order, rewritten as the rule says.
 //!
-//! Short form: 16 kills a path. `RELAY_TEST_LONG=1`: 200 each on fused 1:1, fused 1:4 and split; `RELAY_TEST_KILLS=N` is another
+//! Short form: 8 kills a path. `RELAY_TEST_LONG=1`: 200 each on fused 1:1, fused 1:4 and split; `RELAY_TEST_KILLS=N` is another
 //! number. Where they landed is printed; the long form fails unless all of its kills were made, and one behind each kind of store.
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up its world has failed")]
 
@@ -145,7 +145,7 @@ struct Plan {
 
 fn kills() -> u64 {
     let asked = std::env::var("RELAY_TEST_KILLS").ok().map(|text| text.parse().unwrap());
-    asked.unwrap_or(if long() { 200 } else { 16 })
+    asked.unwrap_or(if long() { 200 } else { 8 })
 }
 
 fn random(below: u64) -> u64 {

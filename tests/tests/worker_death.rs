@@ -1,7 +1,7 @@
 //! kill -9 of a worker under traffic (issue 2): the next one goes on with the same sockets, and the receiver tells what was
 //! lost, repeated, and how long it was silent.
 //!
-//! Short form: 20 kills at 100 kpps on each path. `RELAY_TEST_LONG=1`: 200 kills at 200 kpps. Repetition, damage
+//! Short form: 10 kills at 100 kpps on each path. `RELAY_TEST_LONG=1`: 200 kills at 200 kpps. Repetition, damage
 //! and loss without a name are asserted always; silence, and drops for want of room, only in the long form: on a loaded
 //! machine they say more of the machine.
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up its world has failed")]
@@ -37,7 +37,7 @@ struct Plan {
 
 fn plan(name: &'static str, args: &'static [&'static str]) -> Plan {
     let long = std::env::var_os("RELAY_TEST_LONG").is_some();
-    if long { Plan { name, args, kills: 200, rate: 200_000, long } } else { Plan { name, args, kills: 20, rate: 100_000, long } }
+    if long { Plan { name, args, kills: 200, rate: 200_000, long } } else { Plan { name, args, kills: 10, rate: 100_000, long } }
 }
 
 /// Up to 50 ms, so that kills hit any instant.
