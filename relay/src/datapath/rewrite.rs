@@ -161,23 +161,34 @@ impl New {
         }
     }
 
-    /// What changes in the checksums: addresses and ports in the UDP one; addresses, traffic class and TTL in the IPv4 one.
+    /// What changes in the UDP checksum by the ports.
     #[inline]
-    fn deltas(&self, headers: &Headers) -> Deltas {
-        let (mut udp, mut addresses) = (Delta::default(), Delta::default());
-        udp.word(headers.sport, self.sport);
-        udp.word(headers.dport, self.dport);
-        if headers.family != 4 {
-            add_address(&mut udp, &headers.src, &self.src);
-            add_address(&mut udp, &headers.dst, &self.dst);
-            return Deltas { ip: addresses, udp };
-        }
+    fn ports(&self, headers: &Headers) -> Delta {
+        let mut delta = Delta::default();
+        delta.word(headers.sport, self.sport);
+        delta.word(headers.dport, self.dport);
+        delta
+    }
+
+    /// What changes in the checksums of IPv6: addresses and ports in that of UDP.
+    #[inline]
+    fn deltas6(&self, headers: &Headers) -> Deltas {
+        let mut udp = self.ports(headers);
+        add_address(&mut udp, &headers.src, &self.src);
+        add_address(&mut udp, &headers.dst, &self.dst);
+        Deltas { ip: Delta::default(), udp }
+    }
+
+    /// The same of IPv4, and addresses, traffic class and TTL in its own.
+    #[inline]
+    fn deltas4(&self, headers: &Headers) -> Deltas {
+        let mut addresses = Delta::default();
         addresses.long(low32(&headers.src), low32(&self.src));
         addresses.long(low32(&headers.dst), low32(&self.dst));
         let mut ip = addresses;
         ip.word(u16::from(headers.traffic_class), u16::from(self.traffic_class));
         ip.word(u16::from(headers.ttl) << 8, u16::from(self.ttl) << 8);
-        Deltas { ip, udp: addresses.and(udp) }
+        Deltas { ip, udp: addresses.and(self.ports(headers)) }
     }
 }
 
@@ -212,7 +223,8 @@ impl Deltas {
     /// Of a packet whose new TTL is `ttl` ([`admits`]).
     #[inline]
     pub fn of(headers: &Headers, edit: &Edit, ttl: u8) -> Self {
-        New::of(headers, edit, ttl).deltas(headers)
+        let new = New::of(headers, edit, ttl);
+        if headers.family == 4 { new.deltas4(headers) } else { new.deltas6(headers) }
     }
 }
 
@@ -234,7 +246,7 @@ pub fn renew(header: &mut [u8], original: &[u8], checked: &Checked, deltas: &Del
 fn write_ipv4(views: Views<'_, 20>, headers: &Headers, checked: &Checked, edit: &Edit, new: &New) {
     write_link(views.macs, views.tag, edit, new, [0x08, 0x00]);
     let ip = views.ip;
-    let deltas = new.deltas(headers);
+    let deltas = new.deltas4(headers);
     let sum = deltas.ip.apply(u16::from_be_bytes([ip[10], ip[11]])).to_be_bytes();
     ip[1] = new.traffic_class;
     ip[8] = new.ttl;
@@ -247,7 +259,7 @@ fn write_ipv4(views: Views<'_, 20>, headers: &Headers, checked: &Checked, edit: 
 #[inline]
 fn write_ipv6(views: Views<'_, 40>, headers: &Headers, checked: &Checked, edit: &Edit, new: &New) {
     write_link(views.macs, views.tag, edit, new, [0x86, 0xdd]);
-    let deltas = new.deltas(headers);
+    let udp = new.deltas6(headers).udp;
     let ip = views.ip;
     ip[0] = 0x60 | new.traffic_class >> 4;
     ip[1] = new.traffic_class << 4 | ip[1] & 0x0f;
@@ -257,7 +269,7 @@ fn write_ipv6(views: Views<'_, 40>, headers: &Headers, checked: &Checked, edit: 
         src.copy_from_slice(&new.src);
         dst.copy_from_slice(&new.dst);
     }
-    write_udp(views.udp, checked, new, deltas.udp);
+    write_udp(views.udp, checked, new, udp);
 }
 
 /// MAC addresses always; the tag (802.1Q, priority 0) where the edit sets one. The EtherType before the IP header stays.
