@@ -526,7 +526,7 @@ impl Hand<'_> {
             let sent = self.admit(output, fragments.len()).and_then(|()| self.copy_out(output, parsed, fragments));
             self.count(output, parsed, fragments, sent);
         }
-        if together != 0 && self.bundle_out(rule, together, parsed, fragments) {
+        if together != 0 && self.bundle_out(rule, parsed, fragments) {
             return;
         }
         let published = self.staging.is_published(last.port);
@@ -587,13 +587,9 @@ impl Hand<'_> {
         // On a replay the copies may be in the published ring, or with the kernel already: the same frames, not written again.
         let published = self.staging.is_published(output.port);
         for (index, fragment) in fragments.iter().enumerate() {
-            let Some(mut frame) = self.pool.take(self.umem) else { break };
-            let offset = place_of_copy(&frame, fragment.len);
-            if !published {
-                let head = if index == 0 { parsed.head } else { &[] };
-                copy(self.umem, fragment, head, &mut frame, offset);
-            }
-            copies.push(Fragment { frame, offset, len: fragment.len });
+            let head = if index == 0 { parsed.head } else { &[] };
+            let Some(copy) = self.duplicate(fragment, head, published) else { break };
+            copies.push(copy);
         }
         let fits = if published { Ok(()) } else { self.edit(output, parsed, &mut copies) };
         match fits {
@@ -610,6 +606,16 @@ impl Hand<'_> {
                 Err(reason)
             }
         }
+    }
+
+    /// A copy of a piece whose first bytes are `head`; of one that is published, the frame alone.
+    fn duplicate(&mut self, fragment: &Fragment, head: &[u8], published: bool) -> Option<Fragment> {
+        let mut frame = self.pool.take(self.umem)?;
+        let offset = place_of_copy(&frame, fragment.len);
+        if !published {
+            copy(self.umem, fragment, head, &mut frame, offset);
+        }
+        Some(Fragment { frame, offset, len: fragment.len })
     }
 
     fn send_in_place(

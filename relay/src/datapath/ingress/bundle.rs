@@ -5,7 +5,7 @@
 //! that is written down too, so that a replay takes the same frames for the same things. A copy for each output was 1:16 at
 //! 5.4 times the baseline. Must never change the packet, which other outputs may still want.
 
-use super::super::copy::{Fragments, copy, place_of_copy, place_of_headers};
+use super::super::copy::{Fragments, place_of_headers};
 use super::super::rewrite::{Checked, Deltas, admits, renew, rewrite};
 use super::super::table::{OutputPlan, RulePlan};
 use super::{Hand, Parsed};
@@ -57,16 +57,14 @@ impl Hand<'_> {
     }
 
     /// A bundle for each port. The one that the last output is in takes the packet itself: true, and no output is left.
-    pub(super) fn bundle_out(&mut self, rule: &RulePlan, together: u64, parsed: &Parsed<'_>, fragments: &mut Fragments) -> bool {
+    pub(super) fn bundle_out(&mut self, rule: &RulePlan, parsed: &Parsed<'_>, fragments: &mut Fragments) -> bool {
         let last = rule.outputs.len() - 1;
         let ends = |outputs: u64| outputs >> last & 1 == 1;
         for (_, outputs) in self.bundles(rule).filter(|(_, outputs)| !ends(*outputs)) {
             self.bundle(rule, outputs, parsed, fragments, false);
         }
-        if let Some((_, outputs)) = self.bundles(rule).find(|(_, outputs)| ends(*outputs)) {
-            self.bundle(rule, outputs, parsed, fragments, true);
-        }
-        ends(together)
+        let last = self.bundles(rule).find(|(_, outputs)| ends(*outputs));
+        last.inspect(|(_, outputs)| self.bundle(rule, *outputs, parsed, fragments, true)).is_some()
     }
 
     /// One bundle: the outputs that take the packet, their headers, the packet or a copy of it.
@@ -101,16 +99,6 @@ impl Hand<'_> {
             self.templates.write(rule, &head, parsed, self.umem.bytes_mut(&mut frame, offset, len));
         }
         Some(Fragment { frame, offset, len })
-    }
-
-    /// A copy of a packet in one piece.
-    fn duplicate(&mut self, packet: &Fragment, head: &[u8], published: bool) -> Option<Fragment> {
-        let mut frame = self.pool.take(self.umem)?;
-        let offset = place_of_copy(&frame, packet.len);
-        if !published {
-            copy(self.umem, packet, head, &mut frame, offset);
-        }
-        Some(Fragment { frame, offset, len: packet.len })
     }
 }
 

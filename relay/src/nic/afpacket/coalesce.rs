@@ -18,7 +18,7 @@ use super::transmit::SendEngine;
 use super::wakeup::{Verdict, classify};
 use crate::frame::bundle::{Bundle, BundleHead};
 use crate::frame::{Frame, MAX_FRAGMENTS, RawDesc, Umem};
-use crate::nic::{Admission, Kick, Refusal};
+use crate::nic::{Admission, Kick, Refusal, UNKNOWN_LABEL};
 use nix::errno::Errno;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -303,7 +303,7 @@ impl CoalesceTransmit {
         let (is_bundle, first) = (matches!(run.whose, Whose::Bundle(..)), packet(run.first).map_or(&[][..], |(pieces, _)| pieces));
         let own = first.first().filter(|_| is_bundle).and_then(|headers| header_of(umem, *headers, message.output));
         if let (Some(shape), true) = (run.shape, run.count > 1) {
-            let mut header = own.map_or(run.header, |(bytes, len)| Header::begin(shape, bytes.get(..len).unwrap_or_default()));
+            let mut header = own.map_or(run.header, |(_, header)| header);
             header.finish(shape, usize::from(run.count));
             headers.push(header);
             let chain = std::iter::successors(packet(run.first), |(_, next)| packet(*next)).filter_map(|(pieces, _)| pieces.last());
@@ -322,8 +322,9 @@ impl CoalesceTransmit {
             }
             return;
         }
-        headers.push(own.map_or(Header::NONE, |(bytes, len)| Header::alone(bytes.get(..len).unwrap_or_default())));
-        let skip = own.map_or(0, |(_, len)| len);
+        let header = own.map_or(Header::NONE, |(_, header)| header);
+        let skip = header.first().len();
+        headers.push(header);
         iovecs
             .extend(first.iter().filter(|desc| !desc.is_bundle()).map(|desc| piece(desc, skip, (desc.len as usize).saturating_sub(skip))));
     }
@@ -390,8 +391,11 @@ impl CoalesceTransmit {
     /// A packet will not reach this output.
     fn give_up<H: Held>(&self, outbox: &mut Outbox<H>, run: &Run, (number, output): (u16, u8), errno: Errno) {
         let headers = outbox.pieces(number).first().copied().filter(|_| matches!(run.whose, Whose::Bundle(..)));
-        match headers.map(|headers| label_of(&self.umem, headers, output)) {
-            Some(label) => outbox.give_up_one(number, label, errno),
+        match headers {
+            Some(headers) => {
+                let label = header_of(&self.umem, headers, output).map_or(UNKNOWN_LABEL, |(label, _)| label);
+                outbox.give_up_one(number, label, errno);
+            }
             None => outbox.give_up(number, errno),
         }
     }
@@ -431,20 +435,10 @@ fn read<T>(umem: &Umem, desc: RawDesc, with: impl FnOnce(&[u8]) -> T) -> Option<
     Some(made)
 }
 
-/// The header of one output of a bundle, and its length.
-fn header_of(umem: &Umem, headers: RawDesc, output: u8) -> Option<([u8; 62], usize)> {
-    let copied = |bytes: &[u8]| {
-        let (_, header) = Bundle::read(bytes)?.header(usize::from(output))?;
-        let mut own = [0; 62];
-        own.get_mut(..header.len())?.copy_from_slice(header);
-        Some((own, header.len()))
-    };
-    read(umem, headers, copied).flatten()
-}
-
-fn label_of(umem: &Umem, headers: RawDesc, output: u8) -> u32 {
-    let label = |bytes: &[u8]| Bundle::read(bytes)?.header(usize::from(output)).map(|(label, _)| label);
-    read(umem, headers, label).flatten().unwrap_or(crate::nic::UNKNOWN_LABEL)
+/// Label and header of one output of a bundle.
+fn header_of(umem: &Umem, headers: RawDesc, output: u8) -> Option<(u32, Header)> {
+    let own = |bytes: &[u8]| Bundle::read(bytes)?.header(usize::from(output)).map(|(label, header)| (label, Header::of(header)));
+    read(umem, headers, own).flatten()
 }
 
 /// Where the run of a flow stands: its place, or an empty one, or where all that were looked at are taken, the first of them. (One

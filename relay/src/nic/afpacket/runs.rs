@@ -111,15 +111,11 @@ impl Header {
 
     /// Of a run that `packet` begins.
     pub(super) fn begin(shape: Shape, packet: &[u8]) -> Self {
-        let mut header = Self { len: VNET_LEN + shape.header_len(), ..Self::NONE };
-        if let (Some(to), Some(from)) = (header.bytes.get_mut(VNET_LEN..VNET_LEN + shape.header_len()), packet.get(..shape.header_len())) {
-            to.copy_from_slice(from);
-        }
-        header
+        Self::of(packet.get(..shape.header_len()).unwrap_or_default())
     }
 
-    /// No super-frame either, but a header of its own before a packet's payload.
-    pub(super) fn alone(bytes: &[u8]) -> Self {
+    /// These bytes, before the payload of one packet.
+    pub(super) fn of(bytes: &[u8]) -> Self {
         let mut header = Self { len: VNET_LEN + bytes.len(), ..Self::NONE };
         match header.bytes.get_mut(VNET_LEN..header.len) {
             Some(to) => to.copy_from_slice(bytes),
