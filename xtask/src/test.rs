@@ -13,7 +13,7 @@ use crate::{packages, requirements, tidy, workspace};
 use anyhow::{Context, Result};
 use report::Report;
 use std::io::{BufRead, BufReader};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Instant;
 
 /// Options of the command.
@@ -122,15 +122,11 @@ fn build() -> Result<bool> {
 fn run_step(step: &Step, args: &Args, names: &[String], report: &mut Report) -> Result<()> {
     let mut child = command(step, args, names)?.spawn().context("start cargo test")?;
     let failed_before = report.failed_count();
-    if let Some(stdout) = child.stdout.take() {
-        for line in BufReader::new(stdout).split(b'\n') {
-            let line = line.context("read the tests' output")?;
-            let line = String::from_utf8_lossy(&line);
-            if report.read(&line) {
-                println!("{line}");
-            }
+    each_line(&mut child, |line| {
+        if report.read(line) {
+            println!("{line}");
         }
-    }
+    })?;
     let status = child.wait().context("wait for cargo test")?;
     report.end_of_step();
     if !status.success() && report.failed_count() == failed_before {
@@ -139,14 +135,27 @@ fn run_step(step: &Step, args: &Args, names: &[String], report: &mut Report) -> 
     Ok(())
 }
 
-/// `timeout` puts the step in a process group of its own and kills all of it.
-fn command(step: &Step, args: &Args, names: &[String]) -> Result<Command> {
-    let cargo = workspace::cargo();
-    let limit = if args.long { LONG_LIMIT } else { SHORT_LIMIT };
+/// What the tests print, as it comes.
+fn each_line(child: &mut Child, mut look: impl FnMut(&str)) -> Result<()> {
+    for line in BufReader::new(child.stdout.take().context("no output")?).split(b'\n') {
+        look(&String::from_utf8_lossy(&line.context("read the tests' output")?));
+    }
+    Ok(())
+}
+
+/// `cargo test` with the relay beside us, for `limit` seconds. `timeout` puts it in a process group of its own and kills all of it.
+fn cargo_test(limit: u32) -> Result<Command> {
     let mut command = Command::new("timeout");
     command.current_dir(workspace::root()).stdout(Stdio::piped());
-    command.args(["--kill-after=10", &limit.to_string()]).arg(cargo.get_program());
-    command.args(["test", "--no-fail-fast"]).args(step.arguments);
+    command.args(["--kill-after=10", &limit.to_string()]).arg(workspace::cargo().get_program()).arg("test");
+    let beside = std::env::current_exe().context("our own path")?;
+    command.env("RELAY_BIN", beside.with_file_name("relay"));
+    Ok(command)
+}
+
+fn command(step: &Step, args: &Args, names: &[String]) -> Result<Command> {
+    let mut command = cargo_test(if args.long { LONG_LIMIT } else { SHORT_LIMIT })?;
+    command.arg("--no-fail-fast").args(step.arguments);
     command.args(args.filter.iter().filter(|_| names.is_empty()));
     command.args(["--", "--show-output"]).args(step.test_arguments);
     if !names.is_empty() {
@@ -155,7 +164,6 @@ fn command(step: &Step, args: &Args, names: &[String]) -> Result<Command> {
     if args.long {
         command.arg("--include-ignored").env("RELAY_TEST_LONG", "1");
     }
-    let beside = std::env::current_exe().context("our own path")?;
-    command.env("RELAY_BIN", beside.with_file_name("relay")).envs(step.environment.iter().copied());
+    command.envs(step.environment.iter().copied());
     Ok(command)
 }

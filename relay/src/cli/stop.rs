@@ -8,7 +8,7 @@ use crate::supervisor::takeover::{self, Orphans};
 use crate::sys::process;
 use serde::Serialize;
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// A relay ends within a second; a machine may be slow.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -49,14 +49,10 @@ fn end(pid: u32, context: &Context) -> Result<(), Failure> {
     let failed = |what: String| Failure::new(1, what);
     let pidfd = process::pidfd(pid).map_err(|errno| failed(format!("supervisor {pid}: {errno}")))?;
     context.ask(&Request::Shutdown)?;
-    let begin = Instant::now();
-    while !process::has_ended(pidfd.as_fd()) {
-        if begin.elapsed() > LIMIT {
-            return Err(failed(format!("supervisor {pid} has been told to stop, and has not ended")));
-        }
-        std::thread::sleep(Duration::from_millis(1));
+    if process::ends_within(pidfd.as_fd(), LIMIT) {
+        return Ok(());
     }
-    Ok(())
+    Err(failed(format!("supervisor {pid} has been told to stop, and has not ended")))
 }
 
 fn text(Stopped { orphaned, relay }: &Stopped) -> String {

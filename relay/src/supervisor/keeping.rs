@@ -112,15 +112,10 @@ impl Keeper {
     /// Lets it go, before what it keeps is torn down. Bounded.
     fn release(&mut self) {
         let Some((child, socket)) = self.process.take() else { return };
-        let begin = Instant::now();
         let _ = keeper::release(socket.as_fd());
-        while !process::has_ended(child.pidfd.as_fd()) {
-            if begin.elapsed() > GOES_WITHIN {
-                // ESRCH: it went meanwhile.
-                let _ = process::signal(child.pidfd.as_fd(), Signal::SIGKILL);
-                break;
-            }
-            std::thread::sleep(GOES_WITHIN / 100);
+        if !process::ends_within(child.pidfd.as_fd(), GOES_WITHIN) {
+            // ESRCH: it went meanwhile.
+            let _ = process::signal(child.pidfd.as_fd(), Signal::SIGKILL);
         }
         // Blocking: it has ended, or SIGKILL is on its way.
         let _ = waitpid(Pid::from_raw(child.pid as i32), None);

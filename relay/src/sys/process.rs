@@ -9,6 +9,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
 
 /// What the child becomes.
 #[derive(Debug)]
@@ -67,6 +68,18 @@ pub fn pidfd(pid: u32) -> Result<OwnedFd, Errno> {
 pub fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
     let mut polled = [PollFd::new(pidfd, PollFlags::POLLIN)];
     poll(&mut polled, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}
+
+/// Waits until it has; false: not within this time.
+pub fn ends_within(pidfd: BorrowedFd<'_>, limit: Duration) -> bool {
+    let begin = Instant::now();
+    while !has_ended(pidfd) {
+        if begin.elapsed() > limit {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    true
 }
 
 /// `struct __user_cap_header_struct` and two empty `__user_cap_data_struct` (version 3).

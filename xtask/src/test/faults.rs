@@ -6,13 +6,12 @@ use super::Report;
 use crate::{packages, tidy, workspace};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::ExitCode;
 
 /// Longest figure shown.
 const FIGURE_LEN: usize = 140;
 /// Seconds for the tests of one file.
-const LIMIT: &str = "600";
+const LIMIT: u32 = 600;
 
 /// The last word of `cargo xtask tidy`.
 const TIDY: &str = "tidy`";
@@ -137,18 +136,14 @@ fn outcomes(reference: &Reference) -> Result<Vec<Outcome>> {
         return Ok(vec![Outcome { test: "tidy".into(), word: word.into(), figure: String::new() }]);
     }
     eprintln!("xtask: {}", reference.source);
-    let mut command = Command::new("timeout");
-    command.current_dir(workspace::root()).stdout(Stdio::piped()).args(["--kill-after=10", LIMIT]).arg(workspace::cargo().get_program());
-    command.args(["test", "--quiet"]).args(whose).args(["--", "--test-threads=1", "--show-output", "--format=pretty"]).args(which);
-    let beside = std::env::current_exe().context("our own path")?;
-    let mut child = command.env("RELAY_BIN", beside.with_file_name("relay")).spawn().context("start cargo test")?;
+    let mut command = super::cargo_test(LIMIT)?;
+    command.arg("--quiet").args(whose).args(["--", "--test-threads=1", "--show-output", "--format=pretty"]).args(which);
+    let mut child = command.spawn().context("start cargo test")?;
     let (mut report, mut figures) = (Report::default(), Figures::default());
-    for line in BufReader::new(child.stdout.take().context("no output")?).split(b'\n') {
-        let line = line.context("read the tests' output")?;
-        let line = String::from_utf8_lossy(&line);
-        report.read(&line);
-        figures.read(&line);
-    }
+    super::each_line(&mut child, |line| {
+        report.read(line);
+        figures.read(line);
+    })?;
     child.wait().context("wait for cargo test")?;
     report.end_of_step();
     let outcome = |line: &str| {
