@@ -9,8 +9,12 @@ use relay_tests::process::{bpf_objects, is_dead, shared_memory, wait_dead, wait_
 use relay_tests::{Lab, Listener, RelayProcess, needs_root, send, send_args, send_in_background, start_relay};
 use std::time::{Duration, Instant};
 
+fn rule() -> String {
+    format!("r0 {GROUP} -> r1 {REWRITTEN} ttl=keep")
+}
+
 fn relay(lab: &Lab) -> RelayProcess {
-    start_relay(lab, &["--rule", &format!("r0 {GROUP} -> r1 {REWRITTEN} ttl=keep"), "--backend", "xsk"]).unwrap()
+    start_relay(lab, &["--rule", &rule(), "--backend", "xsk"]).unwrap()
 }
 
 /// The relay carries a short stream whole.
@@ -59,23 +63,25 @@ fn sigterm_under_load_ends_within_a_second_and_leaves_nothing() {
     assert_unloaded(&objects);
 }
 
+/// At the same socket, whose file is left, on the same interfaces.
 #[test]
 fn after_kill_of_everything_the_next_start_works() {
     needs_root!();
     let lab = Lab::simple().unwrap();
-    let mut first = relay(&lab);
-    let _sending = send_in_background(&lab, &send_args("s0", &GROUP.to_string(), 50_000, 50_000).unwrap()).unwrap();
+    let mut relay = relay(&lab);
+    let sending = send_in_background(&lab, &send_args("s0", &GROUP.to_string(), 50_000, 50_000).unwrap()).unwrap();
     std::thread::sleep(Duration::from_millis(200));
-    let (objects, workers) = (bpf_objects(first.pid()), first.worker_pids().unwrap());
-    signal_pid(first.pid(), Signal::SIGKILL).unwrap();
+    let (objects, workers) = (bpf_objects(relay.pid()), relay.worker_pids().unwrap());
+    signal_pid(relay.pid(), Signal::SIGKILL).unwrap();
     workers.iter().for_each(|pid| drop(signal_pid(*pid, Signal::SIGKILL)));
-    first.wait_exit(Duration::from_secs(5)).unwrap();
+    relay.wait_exit(Duration::from_secs(5)).unwrap();
     assert!(wait_dead(&workers, Duration::from_secs(1)).is_some());
-    let _second = relay(&lab);
-    drop(_sending);
+    assert!(relay.socket().exists(), "nobody was there to remove it");
+    relay.start_again(&lab.relay, &["--rule", &rule(), "--backend", "xsk"]).unwrap();
+    relay.wait_ready().unwrap();
+    drop(sending);
     std::thread::sleep(Duration::from_millis(50));
     assert_forwards(&lab);
-    drop(first);
     assert_unloaded(&objects);
 }
 

@@ -1,12 +1,18 @@
-//! Who may do what while the relay relays (DECISIONS §6), and what becomes of a worker that hangs (DECISIONS §5).
+//! Who may do what while the relay relays (DECISIONS §6), who may ask it for anything, and what becomes of a worker that hangs
+//! (DECISIONS §5).
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up its world has failed")]
 
 use nix::sys::signal::Signal;
 use relay::lab::arms::{GROUP, REWRITTEN};
 use relay::lab::process::signal_pid;
 use relay::lab::recv::Verdict;
-use relay_tests::process::{status_field, wait_replaced};
-use relay_tests::{Lab, Listener, RelayProcess, assert_frames_conserved, needs_root, send_args, send_in_background, start_relay};
+use relay_tests::process::{is_dead, status_field, wait_replaced};
+use relay_tests::{
+    Lab, Listener, RelayProcess, assert_frames_conserved, needs_root, relay_bin, send_args, send_in_background, start_relay,
+};
+use std::fs::{Permissions, copy, set_permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// CAP_KILL, SETGID, SETUID, NET_ADMIN, NET_RAW, IPC_LOCK, BPF (linux/capability.h).
@@ -70,4 +76,49 @@ fn a_worker_that_hangs_is_replaced_and_nothing_is_lost() {
     println!("lost {}, duplicated {}, silent for {} µs", report.lost, report.duplicated, report.longest_silence_us);
     assert_eq!((report.lost, report.duplicated, report.verdict), (0, 0, Verdict::Pass), "{report:?}");
     assert_frames_conserved(&relay.stats().unwrap());
+}
+
+/// `PROGRAM ARGS --socket …` in the relay's namespace, of a user who has no business there if `stranger`: exit code (124: it still ran
+/// after 20 s) and words.
+fn ask(lab: &Lab, program: &Path, relay: &RelayProcess, stranger: bool, args: &[&str]) -> (Option<i32>, String) {
+    let mut command = lab.relay.command("timeout").unwrap();
+    command.arg("20");
+    if stranger {
+        command.args(["setpriv", "--reuid", "65533", "--regid", "65533", "--clear-groups"]);
+    }
+    let output = command.arg(program).args(args).arg("--socket").arg(relay.socket()).output().unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8_lossy(&text).into_owned())
+}
+
+/// The mode of a file is the first wall. Here it stands open, and the keeper's socket is no file at all: the second wall has to hold,
+/// which is who asks. A stranger may neither ask, nor take over, nor end what a dead supervisor has left.
+#[test]
+fn another_user_is_refused_whatever_the_modes_of_files() {
+    needs_root!();
+    let lab = Lab::simple().unwrap();
+    let mut relay = relay(&lab, &["--backend", "xsk", "--linger", "60s"]);
+    let directory = tempfile::tempdir().unwrap();
+    let program = directory.path().join("relay");
+    copy(relay_bin().unwrap(), &program).unwrap();
+    let socket = relay.socket();
+    for (path, mode) in [(directory.path(), 0o755), (socket.parent().unwrap(), 0o755), (socket.as_path(), 0o666)] {
+        set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    }
+    let (code, text) = ask(&lab, &program, &relay, true, &["--version"]);
+    if code != Some(0) {
+        return println!("SKIPPED: no program as another user: {text}");
+    }
+    let (code, text) = ask(&lab, &program, &relay, true, &["status"]);
+    assert!(code == Some(2) && text.contains("permission denied") && text.contains("user of the daemon"), "{code:?}: {text}");
+    let (code, text) = ask(&lab, &program, &relay, true, &["run", "--takeover", "--backend", "xsk"]);
+    assert!(code == Some(2) && text.contains("only root and the user of the relay may take over"), "{code:?}: {text}");
+    // The keeper is told of everything once a turn of the supervisor's loop.
+    std::thread::sleep(Duration::from_millis(200));
+    let workers = relay.worker_pids().unwrap();
+    relay.kill().unwrap();
+    let (code, text) = ask(&lab, &program, &relay, true, &["stop"]);
+    assert!(code == Some(3) && !workers.iter().any(|pid| is_dead(*pid)), "a stranger has ended it: {code:?}: {text}");
+    let (code, text) = ask(&lab, &program, &relay, false, &["stop"]);
+    assert!(code == Some(0) && workers.iter().all(|pid| is_dead(*pid)), "{code:?}: {text}");
 }

@@ -59,8 +59,13 @@ impl RelayProcess {
     /// Starts `run ARGS --takeover` at the same socket; from now on that is the relay. Returns how the one before ended, which must
     /// be within 10 s.
     pub fn take_over(&mut self, namespace: &Namespace, args: &[&str]) -> Result<ExitStatus> {
+        self.start_again(namespace, &[args, &["--takeover"]].concat())
+    }
+
+    /// Starts `run ARGS` at the same socket; from now on that is the relay. Returns as [`RelayProcess::take_over`].
+    pub fn start_again(&mut self, namespace: &Namespace, args: &[&str]) -> Result<ExitStatus> {
         let mut command = namespace.command(&self.program)?;
-        command.arg("run").args(args).args(["--takeover", "--socket"]).arg(self.socket());
+        command.arg("run").args(args).arg("--socket").arg(self.socket());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = command.spawn().map_err(LabError::io(format!("starting {}", self.program.display())))?;
         let before = std::mem::replace(&mut self.child, child);
