@@ -608,6 +608,7 @@ impl Slot {
             let _ = self.status.header.become_state(State::Fail, Actor::Supervisor);
         }
         self.process.iter_mut().for_each(|process| process.read_log(self.id));
+        let words = self.process.iter().fold(words, |words, process| process.explain(words));
         // Counts it, if it was a spare that has stood in and is gone before anybody looked.
         self.is_pending();
         (self.process, self.baton) = (None, None);

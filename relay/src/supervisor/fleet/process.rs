@@ -15,6 +15,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 /// Bytes of one log line of a worker; the rest of a longer one is cut.
 const MAX_LINE: usize = 1024;
 
+/// How a line begins that the standard library writes when memory can't be had. The process then ends by abort(), which takes calls
+/// that a worker's box does not have: all that its end would say is SIGSYS.
+const NO_MEMORY: &[u8] = b"memory allocation of ";
+
 /// A process.
 #[derive(Debug)]
 pub(super) struct Process {
@@ -24,6 +28,8 @@ pub(super) struct Process {
     pub(super) life: Option<OwnedFd>,
     pub(super) log: Option<OwnedFd>,
     line: Vec<u8>,
+    /// It has said that it has no memory.
+    starved: bool,
 }
 
 /// How a process ended.
@@ -35,7 +41,7 @@ pub(super) struct End {
 
 impl Process {
     pub(super) const fn new(child: Child, control: Option<Control>, life: Option<OwnedFd>, log: Option<OwnedFd>) -> Self {
-        Self { child, control, life, log, line: Vec::new() }
+        Self { child, control, life, log, line: Vec::new(), starved: false }
     }
 
     /// What to poll: pidfd, log pipe, life socket (a worker knocks when it forwards).
@@ -79,6 +85,11 @@ impl Process {
         Some(End { words, clean })
     }
 
+    /// The words of its end, once its log has been read: with what it has said itself.
+    pub(super) fn explain(&self, words: String) -> String {
+        if self.starved { format!("out of memory, {words}") } else { words }
+    }
+
     /// Passes on what it has written to its stderr.
     pub(super) fn read_log(&mut self, worker: u32) {
         let Some(log) = &self.log else { return };
@@ -93,6 +104,7 @@ impl Process {
             for byte in bytes.iter().take(len) {
                 match byte {
                     b'\n' => {
+                        self.starved |= self.line.starts_with(NO_MEMORY);
                         tracing::info!(worker, "{}", String::from_utf8_lossy(&self.line));
                         self.line.clear();
                     }
