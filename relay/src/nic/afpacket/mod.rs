@@ -4,7 +4,7 @@
 //! [`PacketTransmit`] are one half each over either; [`Reason`] says why it is the lower one. Sockets come from the supervisor
 //! ([`socket`]), the ring is the worker's own, made before its seccomp filter closes.
 //! System calls after that: io_uring_enter, io_uring_register (once a half, ENABLE_RINGS), getsockopt; plain: recvmmsg,
-//! sendmmsg, ppoll, getsockopt. The packet path has no journal position: the rings die with the worker, so
+//! sendmmsg, getsockopt (ppoll in `wait`, which no worker calls: it has a poll of its own). The packet path has no journal position: the rings die with the worker, so
 //! [`Held`] marks the frames that were with them. Must never know a rule or the data path.
 
 mod adaptive;
