@@ -55,6 +55,8 @@ broken-file-is-empty~supervisor/engine.rs~let loaded = load(&self.options);~let 
 batch-not-redone~datapath/recover.rs~if self.journal.attempt() >= MAX_ATTEMPTS {~if self.journal.attempt() > 0 {\n            return 0;\n        }\n        if self.journal.attempt() >= MAX_ATTEMPTS {~ns:single_step~fused_one_output
 poison-tried-for-ever~datapath/recover.rs~self.journal.poison_at_cursor();~~ns:poison~a_batch_that_kills_its_workers
 keeper-not-replaced~supervisor/keeping.rs~(self.process, self.due) = (None, true);~(self.start_at, self.due) = (now + Duration::from_secs(3600), true);~ns:takeover~a_stop_takes_the_keeper_along_and_a_dead_keeper_is_replaced
+list-not-last~keeper/store.rs~        wanted.insert(self.add(LIST, memo::write("relay-list", &text)?)?);~        self.remove(|name| !wanted.contains(name));\n        wanted.insert(self.add(LIST, memo::write("relay-list", &text)?)?);~unit~wherever_a_change_ends_the_table_is_the_one_before_or_the_one_after
+store-not-emptied~supervisor/engine.rs~        self.empty_store();\n~~ns:store~everybody_is_killed_and_no_packet_is_lost
 refused-sends-uncounted~datapath/egress.rs~books.count(state, refusal, OutputDropReason::SendFailed);~books.count(state, refusal, OutputDropReason::MtuExceeded);~ns:refusals~what_the_far_end_cannot_take_is_send_failed::packet
 LIST
 )

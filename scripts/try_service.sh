@@ -1,7 +1,7 @@
 #!/bin/bash
 # Tries the Debian package under a systemd of its own: scripts/try_service.sh [FILE.deb [SYSTEMD.deb...]]
 # With the packages of another systemd it is tried under that one (apt-get download systemd libsystemd-shared libsystemd0 libudev1).
-# Install, start, forward, reload, upgrade and crash under traffic, stop, remove, purge. Systemd runs in its own namespaces, on an
+# Install, start, forward, reload, upgrade, crash and death of all processes under traffic, stop, remove, purge. Systemd runs in its own namespaces, on an
 # overlay of this machine's file system that is memory only: nothing outside of it is touched, and all of it ends with this script.
 # Needs root, systemd, unshare, overlayfs, a cgroup file system. Exit codes: 0 passed, 1 failed, 2 can't be tried here.
 set -eu
@@ -167,6 +167,17 @@ stream 6000 dpkg --force-confold --install /try/newer.deb > /try/dpkg 2>&1 || fa
 await "a successor after the upgrade" another "$before"
 relay rule list --json | grep -q second || fail "the upgrade has lost a rule"
 
+step "every process is killed at once under traffic"
+kept() { systemctl show --property NFileDescriptorStore --value relay; }
+[ "$(kept)" -gt 10 ] || fail "the service manager keeps $(kept) descriptors"
+before=$(main_pid)
+stream 6000 systemctl kill --signal=KILL --kill-whom=all relay
+another "$before" || fail "no successor: $(systemctl status relay)"
+journalctl --unit relay --output cat --no-pager "_PID=$(main_pid)" > /try/heir
+grep 'relay taken over' /try/heir | grep -q 'service manager' || fail "not from what the service manager has kept: $(cat /try/heir)"
+relay rule list --json | grep -q second || fail "a rule is lost"
+echo "  of $(kept) descriptors"
+
 step "journal"
 journalctl --unit relay --output json --no-pager > /try/json
 grep -q '"RELAY_WORKER":"0"' /try/json || fail "no fields: $(tail -1 /try/json)"
@@ -176,6 +187,7 @@ step "stop"
 systemctl stop relay || fail "stop"
 [ "$(systemctl show --property Result --value relay)" = success ] || fail "stop: $(systemctl status relay)"
 pgrep -x relay > /dev/null && fail "processes left: $(pgrep -ax relay)"
+[ "$(kept)" = 0 ] || fail "the service manager still keeps $(kept) descriptors"
 ip link show s0 | grep -q xdp && fail "an XDP program is left"
 
 step "remove while it runs"

@@ -83,6 +83,17 @@ impl<'a> Outside<'a> {
     }
 }
 
+/// Drops for want of room: rings that nobody emptied in time.
+const NO_ROOM: [&str; 3] = ["fill_empty", "rx_ring_full", "egress_full"];
+
+/// Packets that a relay has dropped so, since it began.
+pub fn no_room(stats: &Value) -> u64 {
+    let rules = stats["rules"].as_array().into_iter().flatten();
+    let outputs = rules.clone().flat_map(|rule| rule["outputs"].as_array().into_iter().flatten());
+    let places = rules.chain(outputs).chain(stats["interfaces"].as_array().into_iter().flatten());
+    places.flat_map(|place| NO_ROOM.map(|name| place["drops"][name].as_u64().unwrap_or(0))).sum()
+}
+
 /// Whether nothing is wrong with a stream but packets missing, no more than others have lost.
 pub fn only_lost(report: &recv::Report, outside: u64) -> bool {
     let wrong = report.duplicated + report.reordered + report.corrupted + report.foreign;

@@ -120,16 +120,6 @@ fn a_stop_takes_the_keeper_along_and_a_dead_keeper_is_replaced() {
 /// What happens to the relay while packets flow.
 type Events = fn(&Lab, &mut RelayProcess, &[&str]);
 
-/// Drops for want of room: rings that a starved machine did not empty in time.
-const NO_ROOM: [&str; 3] = ["fill_empty", "rx_ring_full", "egress_full"];
-
-fn no_room(stats: &Value) -> u64 {
-    let rules = stats["rules"].as_array().into_iter().flatten();
-    let outputs = rules.clone().flat_map(|rule| rule["outputs"].as_array().into_iter().flatten());
-    let places = rules.chain(outputs).chain(stats["interfaces"].as_array().into_iter().flatten());
-    places.flat_map(|place| NO_ROOM.map(|name| place["drops"][name].as_u64().unwrap_or(0))).sum()
-}
-
 /// One run: traffic of `rate` across `events`; the account, and how many packets were lost by name or by others than the relay.
 fn run(path: &Path, rate: u64, millis: u64, events: Events) -> (Report, u64) {
     let (lab, rule) = (Lab::simple().unwrap(), rule());
@@ -158,7 +148,7 @@ fn run(path: &Path, rate: u64, millis: u64, events: Events) -> (Report, u64) {
         assert_eq!(moved, paths::Moved::all(count, 1), "the counters go on where they were: {}", relay.log());
     }
     let by_others = report.socket_drops + outside.lost(&relay).unwrap();
-    let named = no_room(&after) + by_others;
+    let named = paths::no_room(&after) + by_others;
     (report, named)
 }
 

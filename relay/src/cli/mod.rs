@@ -34,6 +34,7 @@ mod why;
 
 use crate::control::client::{Client, ClientError};
 use crate::control::message::{Request, Response};
+use crate::supervisor::storing::{self, Given};
 use crate::{lab, supervisor};
 use clap::{ArgAction, Args, Parser, Subcommand};
 use failure::Failure;
@@ -166,21 +167,24 @@ pub fn main() -> ExitCode {
 }
 
 fn execute(cli: Cli) -> u8 {
+    // Before anything is opened: what is open at their numbers now was passed on.
+    let given = if matches!(cli.command, Command::Run(_)) { storing::given() } else { Ok(Vec::new()) };
     let json = cli.global.json;
     if !json {
         lab::progress::show();
     }
     let context = Context { output: Output::new(json), global: cli.global };
-    let outcome = logs::init(context.global.verbose, matches!(cli.command, Command::Run(_))).and_then(|()| dispatch(cli.command, &context));
+    let outcome =
+        logs::init(context.global.verbose, matches!(cli.command, Command::Run(_))).and_then(|()| dispatch(cli.command, given, &context));
     outcome.unwrap_or_else(|failure| {
         failure.print(json);
         failure.code
     })
 }
 
-fn dispatch(command: Command, context: &Context) -> Outcome {
+fn dispatch(command: Command, given: Given, context: &Context) -> Outcome {
     match command {
-        Command::Run(args) => run::run(*args, context),
+        Command::Run(args) => run::run(*args, given, context),
         Command::Rule(command) => rule::run(command, context),
         Command::Apply(args) => apply::run(&args, context),
         Command::Diff(args) => diff::run(&args, context),

@@ -6,6 +6,7 @@ use super::{Context, OK, Outcome, rules};
 use crate::nic::afpacket::Engines;
 use crate::supervisor::RunError;
 use crate::supervisor::options::{BackendChoice, Options, PipelineChoice, WaitChoice, XdpMode, ZeroCopyChoice};
+use crate::supervisor::storing::{self, Given};
 use crate::worker::partition::Scheme;
 use crate::{metrics, supervisor};
 use clap::Args;
@@ -72,7 +73,7 @@ pub(super) struct RunArgs {
     #[arg(long)]
     keep_kernel_path: bool,
     /// Go on in the place of the relay with the same --socket, dead or alive, without losing a packet; an ordinary start if there is
-    /// none. It must have --linger or --keep-kernel-path
+    /// none. It must have --linger or --keep-kernel-path, or a service manager that keeps its descriptors
     #[arg(long)]
     takeover: bool,
     /// Serve metrics in the Prometheus text format at this address; a port alone is on the loopback (9464)
@@ -93,17 +94,18 @@ pub(super) struct RunArgs {
 }
 
 /// Checks the arguments and runs the supervisor until it is told to stop.
-pub(super) fn run(args: RunArgs, context: &Context) -> Outcome {
+pub(super) fn run(args: RunArgs, given: Given, context: &Context) -> Outcome {
     let metrics = args.metrics;
     let options = options(args, context)?;
-    let inheritance = if options.takeover { supervisor::takeover::begin(&options).map_err(failure)? } else { None };
+    let mut store = storing::open(&options, given);
+    let inheritance = if options.takeover { supervisor::takeover::begin(&options, store.as_mut()).map_err(failure)? } else { None };
     match metrics.map(|address| serve_metrics(address, context)) {
         // Too late to refuse: nobody else supervises any more.
         Some(Err(error)) if inheritance.is_some() => tracing::error!(error = %error.message, "no metrics"),
         Some(Err(error)) => return Err(error),
         Some(Ok(())) | None => {}
     }
-    supervisor::run(options, inheritance).map_err(failure)?;
+    supervisor::run(options, inheritance, store).map_err(failure)?;
     Ok(OK)
 }
 

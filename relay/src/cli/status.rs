@@ -23,6 +23,9 @@ fn page(status: &Status, output: &Output) -> String {
     if supervisor.keeper != 0 {
         page += &format!("keeper: pid {}\n\n", supervisor.keeper);
     }
+    if supervisor.stored != 0 {
+        page += &format!("service manager keeps: {}\n\n", count(supervisor.stored as u64, "descriptor"));
+    }
     page + &interfaces(&status.interfaces, output) + "\n" + &workers(&status.workers, output)
 }
 
@@ -112,6 +115,7 @@ mod tests {
                 uptime_ms: 3_723_000,
                 capabilities: vec!["cap_bpf".into(), "cap_net_admin".into()],
                 keeper: 0,
+                stored: 0,
             },
             interfaces: vec![InterfaceInfo {
                 name: "eth0".into(),

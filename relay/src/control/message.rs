@@ -177,6 +177,9 @@ pub struct SupervisorInfo {
     /// Process id of the keeper, 0 without `--linger`.
     #[serde(default)]
     pub keeper: u32,
+    /// Descriptors in the service manager's store, 0 without one.
+    #[serde(default)]
+    pub stored: usize,
 }
 
 /// An interface in [`Status`].

@@ -5,17 +5,23 @@
 //! supervisor ── table (SCM_RIGHTS), whole, at each change ──▶ keeper ◀── connect ── successor (`relay run --takeover`)
 //!     └─ dies: end of file ─▶ --linger runs ─▶ over: exits          └── table ──▶ successor ── released ──▶ exits
 //! ```
-//! It has no capability, a user like the workers', and a box like theirs. Must never use a descriptor it keeps, but for asking whether
+//! `store.rs` gives the table to a service manager besides, for the case that keeper and supervisor are killed at once.
+//!
+//! The keeper has no capability, a user like the workers', and a box like theirs. Must never use a descriptor it keeps, but for asking whether
 //! a worker has ended; never give them to anybody but root and its supervisor's user; never outlive the time it was given.
 
 mod client;
+mod given;
 mod message;
 mod process;
 mod sandbox;
+mod store;
 mod table;
 
 pub use client::{Client, ClientError, connect, listen};
+pub use given::{Given, given};
 pub use process::{LINGER_MS, LISTENER, SUPERVISOR, main};
+pub use store::{Store, StoreError, Stored};
 pub use table::{Entry, Role, Table, TableError};
 
 use nix::sys::socket::MsgFlags;

@@ -3,17 +3,17 @@
 //! Must never be changed in part: a table comes into force whole, or not at all.
 
 use super::message::{self, MAX_LEN, Message, PROTOCOL};
-use nix::sys::socket::MsgFlags;
+use nix::sys::socket::{MsgFlags, SockType, getsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// Descriptors in one packet (the kernel takes 253).
 const CHUNK: usize = 64;
 /// Entries of a table.
 pub(super) const MAX_ENTRIES: u32 = 65_536;
 /// Bytes of a key.
-const MAX_KEY: usize = 64;
+pub(super) const MAX_KEY: usize = 64;
 
 /// What a descriptor is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -63,6 +63,37 @@ pub enum Role {
     Endless,
 }
 
+impl Role {
+    /// How the kernel names such a descriptor in /proc/PID/fd, and of which type it is as a socket; where it is of use when every process
+    /// is dead. What processes know each other's end by is not: somebody who held it for ever would hide that end.
+    const fn outliving(self) -> Option<(&'static str, Option<SockType>)> {
+        const SOCKET: &str = "socket:[";
+        match self {
+            Self::Blob | Self::Rules | Self::Umem | Self::Work | Self::Status => Some(("/memfd:relay-", None)),
+            Self::Supervisor | Self::Process => Some(("anon_inode:[pidfd]", None)),
+            Self::Link | Self::Watch => Some(("anon_inode:bpf_link", None)),
+            Self::Counters => Some(("anon_inode:bpf-map", None)),
+            Self::Lock => Some((SOCKET, Some(SockType::Stream))),
+            Self::Receive | Self::Send | Self::Coalesce => Some((SOCKET, Some(SockType::Raw))),
+            Self::Join | Self::Holder => Some((SOCKET, Some(SockType::Datagram))),
+            Self::Listener | Self::Life | Self::Log | Self::Baton | Self::Endless => None,
+        }
+    }
+
+    /// Whether it is of use when every process is dead.
+    pub(super) const fn outlives_processes(self) -> bool {
+        self.outliving().is_some()
+    }
+
+    /// Whether a descriptor may be such a one.
+    pub(super) fn fits(self, fd: BorrowedFd<'_>) -> bool {
+        let Some((kind, socket_type)) = self.outliving() else { return false };
+        let name = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap_or_default();
+        let is_of_type = || socket_type.is_none_or(|wanted| getsockopt(&fd, sockopt::SockType) == Ok(wanted));
+        name.to_string_lossy().starts_with(kind) && is_of_type()
+    }
+}
+
 /// Names a descriptor.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -84,7 +115,7 @@ impl Entry {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TableError {
     /// It is of a build that speaks otherwise.
-    #[error("the keeper speaks version {0}, this program {PROTOCOL}")]
+    #[error("the table is of version {0}, this program takes {PROTOCOL}")]
     Protocol(u32),
     /// Out of order, too long, or with too few descriptors.
     #[error("no table: {0}")]
@@ -104,6 +135,11 @@ pub enum TableError {
 pub struct Table(BTreeMap<Entry, OwnedFd>);
 
 impl Table {
+    /// Puts a descriptor in; false: the entry is there already.
+    pub(super) fn add(&mut self, entry: Entry, fd: OwnedFd) -> bool {
+        self.0.insert(entry, fd).is_none()
+    }
+
     /// Takes a descriptor out.
     pub fn take(&mut self, role: Role, key: impl ToString) -> Result<OwnedFd, TableError> {
         let entry = Entry::new(role, key);

@@ -11,6 +11,7 @@ pub mod clock;
 pub mod demo;
 pub mod error;
 pub mod generator;
+pub mod manager;
 pub mod netns;
 pub mod pace;
 pub mod packet;

@@ -22,12 +22,14 @@ use super::planning::{Decisions, Redirectable};
 use super::ports::{self, Ports, Way};
 use super::queries::Queries;
 use super::sandbox;
+use super::storing::Storing;
 use super::takeover::Inheritance;
 use super::update::Update;
 use super::view::View;
 use crate::control::message::{Request, Response};
 use crate::control::server::{ClientToken, Server};
 use crate::frame::Umem;
+use crate::keeper::Store;
 use crate::nic::afxdp::program::{LoadOptions, Program};
 use crate::plan::records::{RULES_LEN, RulesSegment, Snapshot};
 use crate::rule::Rule;
@@ -103,6 +105,7 @@ pub struct Supervisor {
     signals: SignalFd,
     notify: Notify,
     pub(super) keeper: Option<Keeper>,
+    pub(super) storing: Option<Storing>,
     pub(super) estate: Estate,
 }
 
@@ -110,8 +113,9 @@ fn failed<E: std::fmt::Display>(what: &'static str) -> impl Fn(E) -> RunError {
     move |error| RunError::failure(format!("{what}: {error}"))
 }
 
-/// Runs the relay until it is told to stop. With an inheritance ([`super::takeover::begin`]) the rules in force stay in force.
-pub fn run(options: Options, inheritance: Option<Inheritance>) -> Result<(), RunError> {
+/// Runs the relay until it is told to stop. With an inheritance ([`super::takeover::begin`]) the rules in force stay in force. `store`:
+/// where to leave one for the next, besides the keeper.
+pub fn run(options: Options, inheritance: Option<Inheritance>, store: Option<Store>) -> Result<(), RunError> {
     let given = load(&options);
     if let Err(error) = process::short_slice(SLICE) {
         tracing::debug!(%error, "scheduler slice kept");
@@ -126,6 +130,7 @@ pub fn run(options: Options, inheritance: Option<Inheritance>) -> Result<(), Run
         supervisor.begin(set, None, Response::Done(String::new()))?;
         supervisor
     };
+    supervisor.storing = store.map(Storing::new).transpose().map_err(failed("pidfd_open"))?;
     drop_privileges()?;
     supervisor.forward()
 }
@@ -234,10 +239,10 @@ impl Supervisor {
             signals,
             notify: Notify::from_environment(),
             keeper: None,
+            storing: None,
             estate: Estate::default(),
         };
-        supervisor.settle(inheritance)?;
-        Ok(supervisor)
+        supervisor.settle(inheritance).map(|()| supervisor)
     }
 
     /// In what another one left, or with nothing there yet.
@@ -259,6 +264,7 @@ impl Supervisor {
             }
             self.leave_estate(now);
             self.keep(now);
+            self.store();
             self.wait(now);
             self.signals();
             self.reload();
@@ -286,7 +292,8 @@ impl Supervisor {
     }
 
     fn wait(&self, now: Instant) {
-        let mut bound = if self.update.is_some() || self.kernel_path.is_busy() { BUSY_PERIOD } else { LOOK_PERIOD };
+        let is_busy = self.update.is_some() || self.kernel_path.is_busy() || self.storing.as_ref().is_some_and(Storing::is_behind);
+        let mut bound = if is_busy { BUSY_PERIOD } else { LOOK_PERIOD };
         for at in [self.fleet.next_deadline(), self.server.next_deadline(), self.replan_at].into_iter().flatten() {
             bound = bound.min(at.saturating_duration_since(now));
         }
@@ -495,6 +502,7 @@ impl Supervisor {
     fn stop(&mut self) {
         self.notify.stopping();
         self.release_keeper();
+        self.empty_store();
         if let Some(program) = self.program.as_mut() {
             for (number, port) in self.ports.list().iter().enumerate().filter(|(_, port)| port.way == Way::Xsk && port.attached) {
                 ports::go_dark(program, number, port);

@@ -7,6 +7,7 @@ use super::error::RunError;
 use super::fleet::Fleet;
 use super::handover::{self, Handover};
 use super::options::Options;
+use super::storing::Storing;
 use crate::keeper::{self, Client, Entry, Role, Table};
 use crate::plan::manifest::LAYOUT_VERSION;
 use crate::sys::process::{self, Child};
@@ -123,11 +124,12 @@ impl Keeper {
 }
 
 impl Supervisor {
-    /// The keeper is to be told anew.
+    /// The keeper, and the service manager, are to be told anew.
     pub(super) fn changed(&mut self) {
         if let Some(keeper) = &mut self.keeper {
             keeper.due = true;
         }
+        self.storing.iter_mut().for_each(Storing::changed);
     }
 
     /// The first update is done: what a predecessor left may go when no packet of its program is on its way any more.
@@ -184,7 +186,7 @@ impl Supervisor {
         told.is_ok()
     }
 
-    fn descriptors(&self) -> Vec<(Entry, BorrowedFd<'_>)> {
+    pub(super) fn descriptors(&self) -> Vec<(Entry, BorrowedFd<'_>)> {
         let mut entries: Vec<(Entry, BorrowedFd<'_>)> = Vec::new();
         entries.extend(self.locks.iter().map(|(ifindex, lock)| (Entry::new(Role::Lock, ifindex), lock.fd.as_fd())));
         entries.extend(self.estate.links.iter().map(|(ifindex, fd)| (Entry::new(Role::Link, ifindex), fd.as_fd())));
@@ -205,7 +207,7 @@ impl Supervisor {
         entries
     }
 
-    fn handover(&self) -> Handover {
+    pub(super) fn handover(&self) -> Handover {
         let (rules, next_slots) = self.book.keep();
         let (ports, burials) = self.ports.describe();
         let counted = self.kernel_path.counted().clone();

@@ -30,6 +30,7 @@ pub mod ports;
 pub mod queries;
 pub mod report;
 mod sandbox;
+pub mod storing;
 pub mod takeover;
 pub mod update;
 pub mod view;

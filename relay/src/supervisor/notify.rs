@@ -29,10 +29,9 @@ pub struct Notify {
 impl Notify {
     /// From the environment that systemd gives a service.
     pub fn from_environment() -> Self {
-        let address = std::env::var("NOTIFY_SOCKET").ok().and_then(|name| address(&name));
         let micros: Option<u64> = std::env::var("WATCHDOG_USEC").ok().and_then(|text| text.parse().ok());
         let for_us = std::env::var("WATCHDOG_PID").map_or(true, |pid| pid == std::process::id().to_string());
-        Self::new(address, micros.filter(|_| for_us).map(Duration::from_micros))
+        Self::new(manager(), micros.filter(|_| for_us).map(Duration::from_micros))
     }
 
     fn new(address: Option<SocketAddr>, watchdog: Option<Duration>) -> Self {
@@ -81,6 +80,11 @@ impl Notify {
             tracing::debug!(%error, "service manager");
         }
     }
+}
+
+/// Where the service manager listens, if there is one.
+pub(super) fn manager() -> Option<SocketAddr> {
+    std::env::var("NOTIFY_SOCKET").ok().and_then(|name| address(&name))
 }
 
 /// A path, or `@name` of the abstract namespace.

@@ -77,10 +77,11 @@ impl Supervisor {
     pub fn status(&self) -> Status {
         let capabilities = capabilities::effective().map(|set| set.names()).unwrap_or_default();
         let keeper = self.keeper.as_ref().map_or(0, super::keeping::Keeper::pid);
+        let stored = self.storing.as_ref().map_or(0, super::storing::Storing::count);
         let uptime_ms = self.started.elapsed().as_millis() as u64;
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
-            supervisor: SupervisorInfo { pid: std::process::id(), uptime_ms, capabilities, keeper },
+            supervisor: SupervisorInfo { pid: std::process::id(), uptime_ms, capabilities, keeper, stored },
             interfaces: self.ports.list().iter().enumerate().map(|(number, port)| self.interface_info(number, port)).collect(),
             workers: self.workers(),
             rules: self.book.set.rules().len() as u64,

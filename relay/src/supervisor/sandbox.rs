@@ -8,6 +8,7 @@
 //! | poll … sched_yield | sleep | |
 //! | mmap … brk | memory | executable memory: files only; never made executable |
 //! | bpf | maps, links of the programs it has | no program, no type, nothing pinned, nobody else's object |
+//! | kcmp | which descriptors the service manager's store has already | duplicates only |
 //! | clone … pidfd_send_signal | workers and the keeper, threads | clone: no namespace; execveat: by descriptor |
 //! | prctl … setresuid | what a child gives up | prctl: names, privileges given up |
 //! | io_uring_* … | what workers do behind their own filter | |
@@ -170,6 +171,9 @@ const PRCTLS: [i32; 7] = [
 /// links are made, updated and taken away (17, 28, 29, 34).
 const BPF: [u64; 17] = [0, 1, 2, 3, 4, 11, 13, 15, 17, 22, 24, 25, 26, 27, 28, 29, 34];
 
+/// Whether two descriptors are duplicates.
+const KCMP_FILE: u64 = 0;
+
 /// Flags of `clone` that make a namespace.
 const NAMESPACES: i32 = libc::CLONE_NEWNS
     | libc::CLONE_NEWCGROUP
@@ -202,6 +206,7 @@ fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
         (libc::SYS_ioctl, any_of(1, IOCTLS)?),
         (libc::SYS_prctl, any_of(0, PRCTLS.map(i64::from).map(i64::cast_unsigned))?),
         (libc::SYS_bpf, any_of(0, BPF)?),
+        (libc::SYS_kcmp, any_of(2, [KCMP_FILE])?),
     ]);
     rules.extend(CALLS.iter().chain(OLDER).map(|call| (*call, Vec::new())));
     Ok(rules)

@@ -6,6 +6,8 @@
 //!      └▶ relieve the workers: each drains and has a successor on the same sockets, journal, counters
 //!          └▶ the update of every start: rules published, sockets and tables filled, memberships made ─ program swapped in the links
 //! ```
+//! Where supervisor, keeper and workers are dead, a service manager may have the same table (`storing.rs`): everything is checked as above,
+//! and the workers' successors start as after a death.
 //! Must never change anything before everything that can be refused has been checked.
 
 use super::engine::{self, Supervisor};
@@ -17,8 +19,9 @@ use super::keeping::{Estate, Keeper};
 use super::locks::Lock;
 use super::options::Options;
 use super::ports::{self, Ports};
+use super::storing;
 use crate::frame::Umem;
-use crate::keeper::{self, Client, ClientError, Role, Table, TableError};
+use crate::keeper::{self, Client, ClientError, Role, Store, Stored, Table, TableError};
 use crate::nic::afxdp::program::{Mode, Program};
 use crate::plan::records::{RulesSegment, Snapshot};
 use crate::shm::{Access, Segment};
@@ -33,19 +36,29 @@ use std::time::{Duration, Instant};
 
 /// The end of a process that was killed, or asked to stop.
 const ENDS_WITHIN: Duration = Duration::from_secs(5);
+/// A worker whose life line has ended leaves within 50 ms; it drains.
+const LEAVES_WITHIN: Duration = Duration::from_secs(1);
 
 /// What a successor begins with.
 pub struct Inheritance {
-    keeper: Client,
+    /// None where nobody but the service manager has what is left.
+    keeper: Option<Client>,
+    /// The supervisor before.
+    from: u32,
     table: Table,
     handover: Handover,
-    program: (Option<Program>, String),
+    program: Loaded,
 }
+
+/// The program, or why there is none.
+type Loaded = (Option<Program>, String);
 
 /// Why there is nothing to go on with.
 enum Unfit {
     /// To be reported; the running relay goes on.
     Refused(RunError),
+    /// This option is another one there, with this value.
+    Disagrees(String, String),
     /// Another build, or a world that has changed: a clean start can't do worse.
     Incompatible(String),
 }
@@ -77,28 +90,89 @@ impl From<ClientError> for Unfit {
     }
 }
 
-/// Takes the relay with the same control socket over, if there is one. After this nothing of it supervises any more; its workers
-/// and its program forward on. `None`: there was none, or it was ended since nothing can be gone on with.
-pub fn begin(options: &Options) -> Result<Option<Inheritance>, RunError> {
+/// Takes the relay with the same control socket over, if there is one: from its keeper, or, where nobody is left, from the service
+/// manager's `store`. After this nothing of it supervises any more; its workers, if any, and its program forward on. `None`: there was
+/// none, or it was ended since nothing can be gone on with.
+pub fn begin(options: &Options, mut store: Option<&mut Store>) -> Result<Option<Inheritance>, RunError> {
     let bad_rules = engine::load(options).err();
-    let connected = keeper::connect(&options.socket);
-    let Some(keeper) = connected.map_err(|error| RunError::bad("--takeover", error, "name the socket of your own relay with --socket"))?
-    else {
-        tracing::info!(socket = %options.socket.display(), "no relay to take over (one without --linger can't be): an ordinary start");
-        return bad_rules.map_or(Ok(None), Err);
+    let stored = store.as_ref().map_or(0, |store| store.count());
+    let taken = match (reach(options, stored > 0)?, &store) {
+        (Some(keeper), _) => from_keeper(keeper, options, bad_rules)?,
+        (None, Some(store)) if stored > 0 => from_store(store, options, bad_rules)?,
+        (None, _) => {
+            tracing::info!(socket = %options.socket.display(), "no relay to take over (one without --linger can't be): an ordinary start");
+            bad_rules.map_or(Ok(None), Err)?
+        }
     };
+    if taken.is_none() {
+        store.iter_mut().for_each(|store| storing::empty(store));
+    }
+    Ok(taken)
+}
+
+/// The keeper, if there is one. Where there is a store, one that is just ending is none.
+fn reach(options: &Options, is_stored: bool) -> Result<Option<Client>, RunError> {
+    let begin = Instant::now();
+    loop {
+        let connected = keeper::connect(&options.socket);
+        let keeper = connected.map_err(|error| RunError::bad("--takeover", error, "name the socket of your own relay with --socket"))?;
+        let is_ending = |keeper: &Client| matches!(keeper.table(), Err(ClientError::Silent | ClientError::System { .. }));
+        if !is_stored || begin.elapsed() > ENDS_WITHIN || !keeper.as_ref().is_some_and(is_ending) {
+            return Ok(keeper);
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn from_keeper(keeper: Client, options: &Options, bad_rules: Option<RunError>) -> Result<Option<Inheritance>, RunError> {
     // Nothing is lost by refusing while a supervisor lives. Orphans would end with their time: they go on by the rules they have.
     if let Some(error) = bad_rules.clone().filter(|_| !is_orphaned(&keeper)) {
         return Err(error);
     }
-    match (prepare(&keeper, options), bad_rules) {
-        (Ok(program), _) => seize(keeper, program).map(Some),
-        (Err(Unfit::Refused(error)), _) | (Err(Unfit::Incompatible(_)), Some(error)) => Err(error),
-        (Err(Unfit::Incompatible(why)), None) => {
-            tracing::warn!(%why, "can't go on with the running relay: it is ended, and this one starts clean");
-            end(keeper).map(|()| None)
-        }
+    let prepared = keeper.table().map_err(Unfit::from).and_then(|table| prepare(table, options));
+    match judge(prepared, bad_rules, true)? {
+        Some(program) => seize(keeper, program).map(Some),
+        None => end(keeper).map(|()| None),
     }
+}
+
+/// What the service manager has kept. Nobody works on it, so that whatever it is, refusing would not let it go on.
+fn from_store(store: &Store, options: &Options, bad_rules: Option<RunError>) -> Result<Option<Inheritance>, RunError> {
+    let nothing = TableError::Malformed("nothing is in the service manager's store");
+    let stored = || store.table().and_then(|stored| stored.ok_or(nothing.clone()));
+    let prepared = stored().map_err(Unfit::from).and_then(|Stored { mut table, supervisor }| {
+        if !process::has_ended(table.take(Role::Supervisor, "")?.as_fd()) {
+            let hint = format!("stop the relay of pid {supervisor} first");
+            return Err(RunError::bad("--takeover", "the supervisor of what the service manager keeps is alive", hint).into());
+        }
+        prepare(table, options)
+    });
+    let program = judge(prepared, bad_rules, false)?;
+    let left = stored();
+    left.iter().try_for_each(|stored| end_workers(&stored.table))?;
+    let Some(program) = program else { return Ok(None) };
+    let Stored { mut table, supervisor } = left.map_err(RunError::failure)?;
+    let handover = handover(&mut table)?;
+    Ok(Some(Inheritance { keeper: None, from: supervisor, table, handover, program }))
+}
+
+/// The program to go on with; `None`: a clean start. `is_working`: something forwards that a refusal leaves alone.
+fn judge(prepared: Result<Loaded, Unfit>, bad_rules: Option<RunError>, is_working: bool) -> Result<Option<Loaded>, RunError> {
+    let why = match prepared {
+        Ok(program) => return Ok(Some(program)),
+        Err(Unfit::Refused(error)) => return Err(error),
+        Err(Unfit::Disagrees(option, theirs)) if is_working => {
+            let hint = format!("take over with {option} {theirs}; to change it, stop the relay and start another");
+            return Err(RunError::bad(&option, format!("the running relay has {option} {theirs}"), hint));
+        }
+        Err(Unfit::Disagrees(option, theirs)) => format!("it had {option} {theirs}"),
+        Err(Unfit::Incompatible(why)) => why,
+    };
+    if let Some(error) = bad_rules {
+        return Err(error);
+    }
+    tracing::warn!(%why, "can't go on with the running relay: it is ended, and this one starts clean");
+    Ok(None)
 }
 
 /// Whether nobody supervises the workers that are to be taken over.
@@ -108,12 +182,10 @@ fn is_orphaned(keeper: &Client) -> bool {
 }
 
 /// Everything that can be refused. Changes nothing.
-fn prepare(keeper: &Client, options: &Options) -> Result<(Option<Program>, String), Unfit> {
-    let mut table = keeper.table()?;
+fn prepare(mut table: Table, options: &Options) -> Result<Loaded, Unfit> {
     let handover = Handover::read(table.take(Role::Blob, "")?)?;
     if let Some((option, theirs)) = handover.disagreement(options) {
-        let hint = format!("take over with {option} {theirs}; to change it, stop the relay and start another");
-        return Err(RunError::bad(&option, format!("the running relay has {option} {theirs}"), hint).into());
+        return Err(Unfit::Disagrees(option, theirs));
     }
     let known = known()?;
     if let Some(port) = handover.ports.iter().find(|port| !port.is_unchanged(&known)) {
@@ -133,19 +205,33 @@ fn known() -> Result<BTreeMap<String, Interface>, RunError> {
 }
 
 /// Ends the old supervisor if it lives, and takes what its keeper has then.
-fn seize(keeper: Client, program: (Option<Program>, String)) -> Result<Inheritance, RunError> {
+fn seize(keeper: Client, program: Loaded) -> Result<Inheritance, RunError> {
     let failed = |error: ClientError| RunError::failure(error).with_hint("try again while the workers linger");
-    let missing = |error: TableError| RunError::failure(error);
     let mut table = keeper.table().map_err(failed)?;
-    let old = table.take(Role::Supervisor, "").map_err(missing)?;
+    let old = table.take(Role::Supervisor, "").map_err(RunError::failure)?;
     if !process::has_ended(old.as_fd()) {
         tracing::info!(pid = keeper.supervisor, "ending the supervisor; its workers forward on");
         process::signal(old.as_fd(), Signal::SIGKILL).map_err(|errno| RunError::failure(format!("ending the supervisor: {errno}")))?;
         wait_for("the supervisor did not end", || process::has_ended(old.as_fd()))?;
         table = keeper.table().map_err(failed)?;
     }
-    let handover = table.take(Role::Blob, "").map_err(missing).and_then(|blob| Handover::read(blob).map_err(RunError::failure))?;
-    Ok(Inheritance { keeper, table, handover, program })
+    let handover = handover(&mut table)?;
+    Ok(Inheritance { from: keeper.supervisor, keeper: Some(keeper), table, handover, program })
+}
+
+fn handover(table: &mut Table) -> Result<Handover, RunError> {
+    let blob = table.take(Role::Blob, "").map_err(RunError::failure)?;
+    Handover::read(blob).map_err(RunError::failure)
+}
+
+/// Waits for the end of workers that have neither supervisor nor keeper any more: they leave by themselves, and are killed if not.
+fn end_workers(table: &Table) -> Result<(), RunError> {
+    for pidfd in table.of(Role::Process).filter(|pidfd| !process::ends_within(*pidfd, LEAVES_WITHIN)) {
+        tracing::warn!("a worker of the relay before is left: killed");
+        // ESRCH: it has left meanwhile.
+        let _ = process::signal(pidfd, Signal::SIGKILL);
+    }
+    wait_for("a worker of the relay before did not end", || table.of(Role::Process).all(process::has_ended))
 }
 
 /// Ends the whole relay: as it ends by SIGTERM if it has a supervisor, else by its keeper's going.
@@ -232,7 +318,7 @@ impl Inheritance {
     }
 
     /// The program that was loaded for this.
-    pub(super) fn program(&mut self) -> (Option<Program>, String) {
+    pub(super) fn program(&mut self) -> Loaded {
         std::mem::take(&mut self.program)
     }
 }
@@ -240,7 +326,7 @@ impl Inheritance {
 impl Supervisor {
     /// Moves in: ports, rules, locks, counters, what else is left.
     pub(super) fn settle_in(&mut self, inheritance: Inheritance) -> Result<(), RunError> {
-        let Inheritance { keeper, mut table, handover, program: _ } = inheritance;
+        let Inheritance { keeper, from, mut table, handover, program: _ } = inheritance;
         let missing = |error: TableError| RunError::failure(error);
         for snapshot in snapshots(table.take(Role::Rules, "").map_err(missing)?)? {
             self.segment.publish(&snapshot).map_err(RunError::failure)?;
@@ -265,8 +351,9 @@ impl Supervisor {
         let links: BTreeMap<u32, OwnedFd> = links.collect::<Result<_, _>>()?;
         self.retired = handover.retired;
         self.keeper = Keeper::new(&self.options, table.take(Role::Listener, "").ok())?;
-        tracing::info!(from = keeper.supervisor, rules = handover.rules.len(), workers = handover.workers.len(), "relay taken over");
-        self.estate = Estate { links, rest: table, until: None, keeper: Some(keeper) };
+        let by = if keeper.is_some() { "keeper" } else { "service manager" };
+        tracing::info!(from, by, rules = handover.rules.len(), workers = handover.workers.len(), "relay taken over");
+        self.estate = Estate { links, rest: table, until: None, keeper };
         Ok(())
     }
 

@@ -4,6 +4,7 @@
 
 pub mod fuse;
 pub mod mapping;
+pub mod memo;
 pub mod process;
 pub mod shared;
 pub mod xdp;

@@ -1,4 +1,4 @@
-//! Starting and watching processes: pidfds, exec of a held descriptor as another user, signals.
+//! Starting and watching processes: pidfds, exec of a held descriptor as another user, signals; which descriptors are duplicates.
 //!
 //! Must never decide who runs as whom. The supervisor may have another thread when it forks (the metrics endpoint), so the child
 //! makes plain system calls until exec; it allocates nothing and takes no lock.
@@ -62,6 +62,19 @@ pub fn pidfd(pid: u32) -> Result<OwnedFd, Errno> {
     let pidfd = Errno::result(raw as i32)?;
     // SAFETY: the descriptor is new and nobody else's.
     Ok(unsafe { OwnedFd::from_raw_fd(pidfd) })
+}
+
+/// `KCMP_FILE` (linux/kcmp.h).
+const SAME_FILE: i32 = 0;
+
+/// Whether two descriptors of this process are duplicates of each other: one open file description (kcmp(2)). To compare its own a
+/// process needs no privilege, but a kernel with CONFIG_KCMP.
+pub fn are_duplicates(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> Result<bool, Errno> {
+    let pid = std::process::id();
+    let (one, other) = (one.as_raw_fd() as libc::c_ulong, other.as_raw_fd() as libc::c_ulong);
+    // SAFETY: kcmp has no memory arguments.
+    let order = unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, SAME_FILE, one, other) };
+    Errno::result(order as i32).map(|order| order == 0)
 }
 
 /// Whether the process of a pidfd has ended, ours or not.
@@ -185,4 +198,18 @@ pub fn signal(pidfd: BorrowedFd<'_>, signal: Signal) -> Result<(), Errno> {
     // SAFETY: no memory is passed (siginfo is null).
     let result = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal as i32, std::ptr::null::<u8>(), 0) };
     Errno::result(result as i32).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn duplicates_are_told_from_descriptors_of_the_same_kind() {
+        let (one, other) = (pidfd(std::process::id()).unwrap(), pidfd(std::process::id()).unwrap());
+        let copy = one.try_clone().unwrap();
+        assert_eq!(are_duplicates(one.as_fd(), copy.as_fd()), Ok(true));
+        assert_eq!(are_duplicates(one.as_fd(), other.as_fd()), Ok(false));
+    }
 }

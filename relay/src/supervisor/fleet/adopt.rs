@@ -108,7 +108,8 @@ impl Fleet {
 impl Slot {
     fn inherit(&mut self, kept: &KeptWorker, table: &mut Table) -> Result<(), TableError> {
         (self.generation, self.restarts, self.last_exit) = (kept.generation, kept.restarts, kept.last_exit.clone());
-        self.turns_at_start = self.status.header.turns();
+        // One that has turned before has proved itself: if it is dead already, its successor starts at once.
+        self.turns_at_start = 0;
         (self.reserve.promotions, self.reserve.deaths) = (kept.promotions, kept.spare_deaths);
         if kept.pid != 0 {
             self.process = Some(take_process(kept.pid, &self.id.to_string(), table)?);
