@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Injects known bugs into a copy, one at a time; each must be killed by the test it names. loom and unit: the shared-memory rooms. ns: a
-# protection of docs/reliability.md taken out of the program, which the working tree's own namespace test is then given (root).
+# protection of docs/reliability.md taken out of the program, which the working tree's own namespace test is then given (root). lib: the
+# same for a test that calls the library itself.
 # Usage: scripts/mutants.sh [--list] [--together] [NAME]...      (takes minutes; never touches the working tree)
 #   --together: all the ns mutants named in one program, to save builds. Name those alone whose tests do not meet each other's.
 # Exit: 0 all killed, 1 a mutant survived or a mutation no longer applies, 2 bad usage.
@@ -9,7 +10,7 @@ cd "$(dirname "$0")/.."
 root=$PWD
 unit_target=${CARGO_TARGET_DIR:-$root/target}
 
-# name ~ file in relay/src ~ old text ~ new text ~ loom|unit|ns:FILE of tests/tests ~ the test that kills it
+# name ~ file in relay/src ~ old text ~ new text ~ loom|unit|ns:FILE or lib:FILE of tests/tests ~ the test that kills it
 mutants=$(cat <<'LIST'
 publish-relaxed~ring/spsc.rs~self.view.producer().store(self.published, Ordering::Release)~self.view.producer().store(self.published, Ordering::Relaxed)~loom~req_002_2_elements_arrive_whole
 release-relaxed~ring/spsc.rs~self.view.consumer().store(self.released, Ordering::Release)~self.view.consumer().store(self.released, Ordering::Relaxed)~loom~req_002_2_elements_arrive_whole
@@ -35,7 +36,7 @@ gate-off-by-one~ring/broadcast.rs~        if behind.messages < capacity {~      
 gate-forgets-a-reader~ring/gate.rs~messages > found.messages~messages < found.messages~unit~req_000_2_a_gate_loses_nothing
 lock-shared~shm/channel.rs~Err(Errno::EAGAIN | Errno::EACCES) => Ok(None)~Err(Errno::EAGAIN | Errno::EACCES) => Ok(Some(Self(own)))~unit~req_000_1_second_writer
 moves-before-drained~worker/partition.rs~if free { Route::To(new) } else { Route::Hold }~if free { Route::To(new) } else { Route::To(new) }~unit~req_003_5_a_flow_keeps_its_order
-blocked-output-stops-the-rule~datapath/ingress.rs~let Some((last, others)) = rule.outputs.split_last() else { return fragments };~let Some((last, others)) = rule.outputs.split_last() else { return fragments };\n        if rule.outputs.iter().any(|output| (self.staging.room(output.port) as usize) < fragments.len()) {\n            return fragments;\n        }~ns:surroundings~an_output_that_is_blocked_costs_the_others_nothing::xsk_fused
+blocked-output-stops-the-rule~datapath/ingress.rs~let Some((last, others)) = rule.outputs.split_last() else { return };~let Some((last, others)) = rule.outputs.split_last() else { return };\n        if rule.outputs.iter().any(|output| (self.staging.room(output.port) as usize) < fragments.len()) {\n            return;\n        }~ns:surroundings~an_output_that_is_blocked_costs_the_others_nothing::xsk_fused
 interface-not-followed~supervisor/ports.rs~gone.contains(&self.facts.ifindex) || known.get(&self.name).is_none_or(~gone.contains(&u32::MAX) && known.get(&self.name).is_none_or(~ns:surroundings~a_namespace_that_is_removed_takes_only_its_own_output
 restarts-at-leisure~supervisor/backoff.rs~return Restart { after: Duration::ZERO, degraded: false };~return Restart { after: Duration::from_secs(20), degraded: false };~ns:surroundings~a_worker_without_memory_is_replaced_and_nothing_is_lost
 overload-miscounted~supervisor/report.rs~more(&mut taken, statistics.rx_dropped + statistics.rx_ring_full);~more(&mut taken, 0);~ns:overload~an_overload_is_accounted_for_and_leaves_nothing_behind::xsk_fused
@@ -56,7 +57,50 @@ batch-not-redone~datapath/recover.rs~if self.journal.attempt() >= MAX_ATTEMPTS {
 poison-tried-for-ever~datapath/recover.rs~self.journal.poison_at_cursor();~~ns:poison~a_batch_that_kills_its_workers
 keeper-not-replaced~supervisor/keeping.rs~(self.process, self.due) = (None, true);~(self.start_at, self.due) = (now + Duration::from_secs(3600), true);~ns:takeover~a_stop_takes_the_keeper_along_and_a_dead_keeper_is_replaced
 list-not-last~keeper/store.rs~        wanted.insert(self.add(LIST, memo::write("relay-list", &text)?)?);~        self.remove(|name| !wanted.contains(name));\n        wanted.insert(self.add(LIST, memo::write("relay-list", &text)?)?);~unit~wherever_a_change_ends_the_table_is_the_one_before_or_the_one_after
+store-not-read~supervisor/takeover.rs~(None, Some(store)) if stored > 0 =>~(None, Some(store)) if stored == usize::MAX =>~ns:store~everybody_is_killed_and_no_packet_is_lost
 store-not-emptied~supervisor/engine.rs~        self.empty_store();\n~~ns:store~everybody_is_killed_and_no_packet_is_lost
+keeper-serves-anybody~keeper/process.rs~peer.uid() == 0 || peer.uid() == self.uid~peer.uid() != u32::MAX~ns:privileges~another_user_is_refused_whatever_the_modes_of_files
+control-serves-anybody~control/server.rs~is_permitted(uid, self.own_uid)~is_permitted(0, uid)~ns:privileges~another_user_is_refused_whatever_the_modes_of_files
+held-frames-forgotten~datapath/recover.rs~for frame in held.iter().filter(~for frame in held.iter().take(0).filter(~ns:worker_death~packet_loses_at_most_what_the_ring_held
+sent-before-marked~datapath/egress.rs~    half.publish();\n    port.ring.release(count);\n    fuse::stored();\n    journal.done();\n    count as usize\n}\n\n/// Which half~    half.publish();\n    let _ = half.kick();\n    (0..20_000).for_each(|_| std::hint::spin_loop());\n    port.ring.release(count);\n    fuse::stored();\n    journal.done();\n    count as usize\n}\n\n/// Which half~ns:coalesce~a_killed_worker_sends_nothing_twice::xsk_fused
+starved-is-hung~supervisor/fleet/silence.rs~self.0.iter().any(starved)~self.0.is_empty() && self.0.iter().any(starved)~unit~who_is_ready_and_does_not_run_is_starved
+spare-stays-seated~worker/spare.rs~Some(State::Halt) && self.take_baton()~Some(State::Halt) && !self.take_baton()~ns:spare~xsk_fused
+dead-spare-not-replaced~supervisor/fleet/spare.rs~(None, now + AGAIN);~(None, now + AGAIN * 3600);~ns:spare~a_spare_has_no_privilege_and_may_die_or_hang
+hung-spare-waited-for~supervisor/fleet/spare.rs~since.elapsed() > STANDS_IN_WITHIN~since.elapsed() > STANDS_IN_WITHIN * 3600~ns:spare~a_spare_has_no_privilege_and_may_die_or_hang
+sums-overflow~supervisor/report.rs~*total = total.saturating_add(by);~*total += by;~ns:inner_faults~a_scribbled_status_segment_harms_neither_supervisor_nor_other_rules
+end-unheard~worker/wait.rs~Ok(0) => return Life::Orphaned,~Ok(0) => return Life::Alive,~ns:liveness~req_004_3_no_worker_survives_its_supervisor
+workers-not-kept~supervisor/keeping.rs~        self.fleet.keep(&mut entries);\n~~ns:takeover~orphans_forward_on_and_leave_nothing_when_their_time_is_over
+linger-for-ever~keeper/process.rs~checked_add(self.linger)~checked_add(self.linger * 100)~ns:takeover~orphans_forward_on_and_leave_nothing_when_their_time_is_over
+kernel-path-let-go~supervisor/keeping.rs~if self.keeps_kernel_path() {~if self.keeps_kernel_path() && self.options.linger.is_zero() {~ns:takeover~the_kernel_path_is_kept_until_somebody_ends_it
+program-attached-anew~nic/afxdp/program.rs~let link = link::Link::adopt(link, self.program()?, mode)~link::Link::adopt(link, self.program()?, mode).and_then(link::Link::detach).map_err(|errno| attach_error(&before, mode, errno))?;\n        let link = link::Link::create(self.program()?, ifindex, mode)~ns:takeover~a_dead_supervisor_is_succeeded_and_no_packet_notices
+counters-begin-anew~supervisor/takeover.rs~self.kernel_path.go_on_counting(handover.counted);~let _ = handover.counted;~ns:takeover~nor_on_the_kernel_path
+upgrade-is-a-stop~supervisor/takeover.rs~process::signal(old.as_fd(), Signal::SIGKILL)~process::signal(old.as_fd(), Signal::SIGTERM)~ns:takeover~a_living_supervisor_is_succeeded_and_no_packet_notices
+unfit-not-ended~supervisor/takeover.rs~end(keeper).map(|()| None)~{\n                drop(keeper);\n                Ok(None)\n            }~ns:takeover~what_cannot_be_gone_on_with_is_ended_and_started_clean
+other-memory-taken~supervisor/takeover.rs~handover.disagreement(options) {~handover.disagreement(options).filter(|_| options.frames == 0) {~ns:takeover~refusals_name_the_remedy_and_change_nothing
+bad-rules-taken~supervisor/takeover.rs~filter(|_| !is_orphaned(&keeper))~filter(|_| options.frames == 0)~ns:takeover~a_broken_file_ends_no_orphans
+bad-rules-end-orphans~supervisor/takeover.rs~filter(|_| !is_orphaned(&keeper))~filter(|_| options.frames > 0)~ns:takeover~a_broken_file_ends_no_orphans
+dead-socket-in-use~control/path.rs~error.kind() == io::ErrorKind::ConnectionRefused =>~error.kind() == io::ErrorKind::NotFound =>~ns:clean_up~after_kill_of_everything_the_next_start_works
+socket-left~control/path.rs~            let _ = std::fs::remove_file(&self.path);\n~~ns:clean_up~sigterm_under_load_ends_within_a_second_and_leaves_nothing
+stop-not-told~supervisor/engine.rs~        self.fleet.stop_all();\n        let limit = Instant::now() + STOP_LIMIT;~        let limit = Instant::now() + STOP_LIMIT * 3;~ns:clean_up~sigterm_under_load_ends_within_a_second_and_leaves_nothing
+back-and-not-opened~supervisor/ports.rs~|| needs.keys().any(waits)~|| needs.is_empty() && needs.keys().any(waits)~ns:interfaces_live~an_egress_interface_is_deleted_and_made_again::xsk_fused
+dead-rings-forgotten~datapath/recover.rs~for frame in frames.iter().filter(~for frame in frames.iter().take(0).filter(~ns:interfaces_live~an_ingress_interface_is_deleted_and_made_again::xsk_fused
+killed-for-ports~supervisor/fleet.rs~        self.command(COMMAND_DRAIN, true);~        self.kill_all();\n        self.command(COMMAND_DRAIN, true);~ns:interfaces_live~an_ingress_interface_is_deleted_and_made_again::packet
+dead-sockets-kept~supervisor/ports.rs~            port.sockets.clear();\n            (port.retired, port.backend~            (port.retired, port.backend~ns:interfaces_live~all_interfaces_are_deleted_and_made_again::packet
+news-restart-everybody~supervisor/engine.rs~false => self.replan_outputs(),~false => {\n                self.fleet.replace_all();\n                self.replan_outputs()\n            }~ns:interfaces_live~a_flap_restarts_nobody::xsk_fused
+queues-restart-everybody~supervisor/engine.rs~false => self.replan_outputs(),~false => {\n                self.fleet.replace_all();\n                self.replan_outputs()\n            }~ns:surroundings~the_number_of_queues_may_change
+outputs-planned-once~supervisor/engine.rs~if snapshot.rules == self.published.rules && snapshot.own == self.published.own {~if snapshot.epoch > 0 {~ns:interfaces_live~mtu_and_address_are_followed::xsk_fused
+sockets-not-in-the-map~supervisor/update.rs~        self.take_live()?;\n        self.set_joins(~        self.set_joins(~ns:replan~a_change_of_path_keeps_the_order
+down-and-not-blocked~supervisor/view.rs~Some(interface) if interface.up && interface.mac.is_some()~Some(interface) if interface.mac.is_some()~ns:stats_close~an_interface_that_is_down_takes_only_its_own_output::xsk_fused
+refused-by-the-driver-unseen~nic/afxdp/sending.rs~            self.settled = before;\n        }\n        self.refuse_one(end)~            self.settled = before;\n        }\n        end == self.settled && self.refuse_one(end)~ns:refusals~what_the_far_end_cannot_take_is_send_failed::xsk_fused
+discards-uncounted~datapath/egress.rs~let mut count = |refusal| books.count(&mut port.state, refusal, OutputDropReason::OutputDown);~let mut count = |refusal: Refusal| drop((books, refusal));~ns:refusals~a_removed_interface_costs_named_drops_only::xsk_fused
+no-rung-below~supervisor/ports.rs~let insisted = matches!(~let insisted = self.options.frames > 0 || matches!(~ns:fallback~a_bridge_falls_back_to_af_packet
+plain-unsaid~supervisor/report.rs~plain.is_some() { "af_packet_plain" }~plain.is_some() { "af_packet" }~ns:fallback~plain_sockets_say_that_they_are_it
+multicast-source-accepted~datapath/rewrite.rs~if source_is_multicast(headers) {~if source_is_multicast(headers) && headers.family == 0 {~ns:hostile~a_hostile_corpus_has_the_same_fate_on_every_path
+no-memory-ends-it~supervisor/fleet.rs~Segment::create(name, len).map(Segment::into_parts).map_err(RunError::failure);~Segment::create(name, len).map(Segment::into_parts).map_err(|error| if len > 0 { std::process::abort() } else { RunError::failure(error) });~ns:surroundings~a_start_without_memory_is_said
+refused-config-unnamed~supervisor/engine.rs~tracing::error!(%error, "configuration refused, nothing changed");~tracing::error!("configuration refused, nothing changed");~ns:reload~sighup_reads_the_file_again_or_changes_nothing
+link-local-accepted~rule/check.rs~return if local {~return if local && group.len == 0 {~ns:bad_input~a_run_with_bad_arguments_changes_nothing
+frame-border-crossed~frame/umem.rs~if desc.len > FRAME_SIZE - offset {~if desc.len > FRAME_SIZE {~lib:fuzz~descriptors_of_a_ring_are_claimed_or_refused
+bad-header-sum-accepted~datapath/rewrite.rs~if !verifies(header) {~if !verifies(header) && header.is_empty() {~lib:fuzz~packets_are_parsed_and_rewritten
 refused-sends-uncounted~datapath/egress.rs~books.count(state, refusal, OutputDropReason::SendFailed);~books.count(state, refusal, OutputDropReason::MtuExceeded);~ns:refusals~what_the_far_end_cannot_take_is_send_failed::packet
 LIST
 )
@@ -90,9 +134,11 @@ run() { # runner, test
   case $1 in
     loom) (cd "$copy" && CARGO_TARGET_DIR=$loom_target RUSTFLAGS="--cfg loom" timeout 300 cargo test -q -p relay-loom --release -- "$2") ;;
     unit) (cd "$copy" && CARGO_TARGET_DIR=$unit_target RELAY_CRASH_ROUNDS=5 timeout 300 cargo test -q -p relay --lib -- "$2") ;;
+    lib:*) (cd "$copy" && CARGO_TARGET_DIR=$ns_target timeout 600 cargo test -q -p relay-tests --test "${1#lib:}" -- "$2") ;;
     ns:*) [ -n "$together" ] || build_program || return
       cargo test -q -p relay-tests --test "${1#ns:}" --no-run || return
-      RELAY_BIN=$ns_target/debug/relay timeout 120 cargo test -q -p relay-tests --test "${1#ns:}" -- --test-threads=1 --nocapture "$2" ;;
+      RELAY_BIN=$ns_target/debug/relay timeout 120 cargo test -q -p relay-tests --test "${1#ns:}" -- --test-threads=1 --nocapture "$2" \
+        || { [ $? -ne 124 ] || echo "timed out"; false; } ;;
   esac
 }
 
@@ -104,7 +150,7 @@ judge() { # name, runner, test
   local output
   if output=$(run "$2" "$3" 2>&1); then
     echo "SURVIVED  $1 ($3 passed, or no test of that name ran)"; survived=$((survived + 1))
-  elif ! grep -q "test result: FAILED\|panicked at\|SIG\|timed out" <<<"$output"; then
+  elif grep -q "could not compile" <<<"$output" || ! grep -q "test result: FAILED\|panicked at\|SIG\|timed out" <<<"$output"; then
     echo "BROKEN    $1: did not compile"; tail -5 <<<"$output"; survived=$((survived + 1))
   else
     echo "killed    $1 by $3"; killed=$((killed + 1))
@@ -123,7 +169,7 @@ while IFS='~' read -r name file old new runner test; do
   else
     judge "$name" "$runner" "$test" </dev/null
   fi
-  cp "$root/relay/src/$file" "$copy/relay/src/$file"
+  [ -n "$together" ] || cp "$root/relay/src/$file" "$copy/relay/src/$file"
 done <<<"$mutants"
 if [ -n "$together" ]; then
   build_program
