@@ -84,7 +84,8 @@ fn a_stopped_log_reader_costs_lines_and_no_packet() {
     let mut log = String::new();
     reader.read_to_string(&mut log).unwrap();
     let told = log.lines().find(|line| line.contains("log lines lost")).unwrap_or_else(|| panic!("no loss of lines is told: {log}"));
-    println!("{told}");
+    // Behind what filled the pipe.
+    println!("{}", told.trim_start_matches('x'));
 }
 
 /// A log on a full disk: every line fails from the first on, and nothing else does.

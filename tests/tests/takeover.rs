@@ -141,8 +141,8 @@ fn run(path: &Path, rate: u64, millis: u64, events: Events) -> (Report, u64) {
     std::thread::sleep(Duration::from_millis(200));
     let after = relay.stats().unwrap();
     assert_frames_conserved(&after);
-    println!("{}: {}", path.name, relay::lab::recv::describe(&report));
     println!("{after}");
+    println!("{}: {}", path.name, relay::lab::recv::describe(&report).replace('\n', "; "));
     if report.lost == 0 {
         let moved = paths::moved(&before, &after, "a").unwrap();
         assert_eq!(moved, paths::Moved::all(count, 1), "the counters go on where they were: {}", relay.log());
