@@ -50,9 +50,13 @@ pub(super) fn restore(umem: &Umem, fragments: &mut Fragments, head: &[u8]) {
     }
 }
 
-/// Copies a fragment to its place in `to`, its first bytes from `head`.
+/// Copies a fragment to its place in `to`, its first bytes from `head`. A frame that is both takes a pool that somebody has damaged:
+/// its bytes stay what they are.
 #[inline]
 pub(super) fn copy(umem: &Umem, from: &Fragment, head: &[u8], to: &mut Frame, at: u32) {
+    if from.frame.index() == to.index() {
+        return;
+    }
     let target = umem.bytes_mut(to, at, from.len);
     let source = umem.bytes(&from.frame, from.offset, from.len);
     let len = target.len().min(source.len());

@@ -3,6 +3,8 @@
 //!
 //! The worlds are small, so that every kill of the first worker meets (nearly) every kill of the second.
 
+mod hostile;
+
 use super::egress::{Egress, EgressBooks, EgressPort, Lane, PortState};
 use super::ingress::{Ingress, IngressParts, IngressPort};
 use super::journal::Journal;

@@ -339,15 +339,14 @@ impl<R: Receive> Ingress<R> {
     }
 
     /// Makes the batch that a dead worker had armed once more: its frames are still what they were, whatever became of the
-    /// ring they came by. Numbers out of range would mean a corrupted segment and are left out.
+    /// ring they came by. Numbers out of range, and pieces that no packet has, would mean a corrupted segment and are left out.
     pub(super) fn take_again(&mut self, armed: &Armed) {
         let pieces = (0..armed.desc_count as usize).map(|at| self.journal.desc(at));
         let mut fragments = Fragments::new();
         for desc in pieces {
             let Ok((frame, offset)) = self.umem.claim(desc) else { continue };
-            let full = fragments.try_push(Fragment { frame, offset, len: desc.len }).is_err();
-            debug_assert!(!full, "a packet was saved with more pieces than it can have");
-            if desc.options & CONTINUES == 0 {
+            let _ = fragments.try_push(Fragment { frame, offset, len: desc.len });
+            if desc.options & CONTINUES == 0 && !self.batch.is_full() {
                 let packet = Packet { fragments: std::mem::take(&mut fragments), hint: self.journal.hint(self.batch.len()) };
                 let _ = self.batch.try_push(packet);
             }

@@ -127,6 +127,9 @@ pub const MOVE_COALESCE: u32 = 6;
 /// What a coalescing half has finished to the return ring.
 pub const MOVE_REAP_COALESCED: u32 = 7;
 
+/// More elements than any move has.
+const MAX_MOVE: u32 = 1 << 16;
+
 /// Where a journal's state stands (u32).
 pub const STATE: usize = 0;
 const ATTEMPTS: usize = 4;
@@ -270,9 +273,18 @@ impl Journal {
         self.enter(ARMED);
     }
 
-    /// The batch in hand.
+    /// The batch in hand. No count is larger than what there is room for, whatever a dead worker has left there.
+    #[inline]
     pub fn armed(&self) -> Armed {
-        self.armed.get(0)
+        let armed = self.armed.get(0);
+        let (most, desc_count) = (TAKEN_DESCS as u32, armed.desc_count.min(TAKEN_DESCS as u32));
+        Armed {
+            desc_count,
+            spare_count: armed.spare_count.min(most - desc_count),
+            freed_count: armed.freed_count.min(most),
+            increment_count: armed.increment_count.min(MAX_INCREMENTS as u32),
+            ..armed
+        }
     }
 
     /// ARMED → COMMIT. All egress rings have been published.
@@ -305,10 +317,17 @@ impl Journal {
         let mut done = self.applied.load(Acquire);
         if done > 0 && done <= count {
             let last = self.increments.get(done as usize - 1);
-            counters.set(last.counter as usize, self.target.get((done as usize - 1) % 2));
+            if (last.counter as usize) < counters.len() {
+                counters.set(last.counter as usize, self.target.get((done as usize - 1) % 2));
+            }
         }
         while done < count {
             let entry = self.increments.get(done as usize);
+            if entry.counter as usize >= counters.len() {
+                // Not written by a worker that was in its senses.
+                done += 1;
+                continue;
+            }
             let now = counters.get(entry.counter as usize);
             let packets = now.packets.wrapping_add(u64::from(entry.packets));
             let target = Counter { packets, bytes: now.bytes.wrapping_add(entry.bytes) };
@@ -328,9 +347,10 @@ impl Journal {
         self.enter(MOVE);
     }
 
-    /// The move in progress.
+    /// The move in progress; its counts are none that no move has.
     pub fn moving(&self) -> Move {
-        self.moving.get(0)
+        let moving = self.moving.get(0);
+        Move { from_count: moving.from_count.min(MAX_MOVE), to_count: moving.to_count.min(MAX_MOVE), ..moving }
     }
 
     /// Any state → IDLE.

@@ -53,8 +53,8 @@ impl<T: Transmit> Egress<T> {
                 (MOVE_DISCARD, Some(port)) => {
                     let moved = self.returns.position() == moving.to.wrapping_add(moving.to_count);
                     if moved && port.ring.position() == moving.from {
-                        port.ring.available_for(moving.from_count);
-                        port.ring.release(moving.from_count);
+                        let count = port.ring.available_for(moving.from_count).min(moving.from_count);
+                        port.ring.release(count);
                         fuse::stored();
                     }
                 }
@@ -62,8 +62,8 @@ impl<T: Transmit> Egress<T> {
                     // A ring that died had not been kicked yet (that comes after the move): nothing was sent.
                     let published = port.transmit.position() == moving.to.wrapping_add(moving.to_count);
                     if published && port.transmit.survives() && port.ring.position() == moving.from {
-                        port.ring.available_for(moving.from_count);
-                        port.ring.release(moving.from_count);
+                        let count = port.ring.available_for(moving.from_count).min(moving.from_count);
+                        port.ring.release(count);
                         fuse::stored();
                     }
                 }
@@ -96,8 +96,8 @@ impl<R: Receive> Ingress<R> {
             MOVE_RECYCLE => {
                 let moved = self.pool.len() == moving.to.wrapping_add(moving.to_count);
                 if moved && self.returns.position() == moving.from {
-                    self.returns.available_for(moving.from_count);
-                    self.returns.release(moving.from_count);
+                    let count = self.returns.available_for(moving.from_count).min(moving.from_count);
+                    self.returns.release(count);
                     fuse::stored();
                 }
             }

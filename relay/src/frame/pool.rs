@@ -70,11 +70,13 @@ impl Pool {
         umem.claim_index(self.elements.get(next as usize)).ok()
     }
 
-    /// Puts a frame back.
+    /// Puts a frame back. One more than there are is in two places, which takes a corrupted segment: it is left out.
     #[inline]
     pub fn put(&mut self, frame: Frame) {
-        self.elements.set(self.len as usize, frame.into_index());
-        self.len += 1;
+        if (self.len as usize) < self.elements.len() {
+            self.elements.set(self.len as usize, frame.into_index());
+            self.len += 1;
+        }
     }
 
     /// Element `position` of the list (for moves that are written before they are published).
@@ -84,7 +86,7 @@ impl Pool {
 
     /// Counts frames of which no valid number came back: nobody knows which they were.
     pub fn lose(&self, count: u32) {
-        self.lost.store(self.lost.load(Ordering::Relaxed) + count, Ordering::Release);
+        self.lost.store(self.lost.load(Ordering::Relaxed).wrapping_add(count), Ordering::Release);
     }
 
     /// Frames lost so.
@@ -93,8 +95,9 @@ impl Pool {
     }
 
     /// Sets the length without touching elements (end of a journaled move).
-    pub const fn set_len(&mut self, len: u32) {
-        self.len = len;
+    #[inline]
+    pub fn set_len(&mut self, len: u32) {
+        self.len = len.min(self.elements.len() as u32);
     }
 
     /// Stores the length where a successor reads it.

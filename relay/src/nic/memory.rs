@@ -67,9 +67,7 @@ impl Wire {
             let Some(arrival) = self.queue.pop_front() else { return };
             let last = arrival.pieces.len() - 1;
             for (at, piece) in arrival.pieces.iter().enumerate() {
-                let base = self.fill[self.fill_taken];
-                self.fill_taken += 1;
-                let (mut frame, _) = umem.claim(RawDesc { addr: base, ..RawDesc::default() }).unwrap();
+                let Some(mut frame) = self.next_free(umem) else { return };
                 let (slot, serial) = arrival.hint;
                 let meta: Vec<u8> = [META_MAGIC, slot, serial].iter().flat_map(|word| word.to_ne_bytes()).collect();
                 umem.bytes_mut(&mut frame, HEADROOM - 12, 12).copy_from_slice(&meta);
@@ -77,6 +75,17 @@ impl Wire {
                 let options = if at < last { CONTINUES } else { 0 };
                 self.rx.push(RawDesc { addr: frame.base() + u64::from(HEADROOM), len: piece.len() as u32, options });
                 frame.into_index();
+            }
+        }
+    }
+
+    /// The next free frame; as the kernel does, it leaves out what is none.
+    fn next_free(&mut self, umem: &Umem) -> Option<Frame> {
+        loop {
+            let addr = *self.fill.get(self.fill_taken)?;
+            self.fill_taken += 1;
+            if let Ok((frame, _)) = umem.claim(RawDesc { addr, ..RawDesc::default() }) {
+                return Some(frame);
             }
         }
     }
@@ -171,7 +180,7 @@ impl Receive for MemoryReceive {
     }
 
     fn retake(&mut self, count: u32) {
-        self.taken = count;
+        self.taken = count.min((self.wire.borrow().rx.len() - self.position) as u32);
     }
 
     fn position(&self) -> u32 {
@@ -262,7 +271,7 @@ impl Transmit for MemoryTransmit {
             let packet = standing[..=end].to_vec();
             let mut bytes = Vec::new();
             for desc in &packet {
-                let (frame, offset) = self.umem.claim(*desc).unwrap();
+                let Ok((frame, offset)) = self.umem.claim(*desc) else { continue };
                 bytes.extend(self.umem.bytes(&frame, offset, desc.len));
                 frame.into_index();
             }
@@ -291,7 +300,7 @@ impl Transmit for MemoryTransmit {
         let survives = self.survives();
         let mut wire = self.wire.borrow_mut();
         let first = wire.reaped;
-        wire.reaped += count as usize;
+        wire.reaped = wire.done.len().min(first + count as usize);
         let given: Vec<u64> = wire.done[first..wire.reaped].to_vec();
         drop(wire);
         fuse::stored();
@@ -326,11 +335,11 @@ impl Transmit for MemoryTransmit {
     }
 }
 
-/// What leaves: the packet, or a bundle's packet once for each of its headers.
+/// What leaves: the packet, or a bundle's packet once for each of its headers. Nothing, if it is no bundle after all.
 fn expanded(bytes: Vec<u8>, descs: &[RawDesc]) -> Vec<Vec<u8>> {
     let Some(headers) = descs.first().filter(|first| first.is_bundle()) else { return vec![bytes] };
-    let (headers, packet) = bytes.split_at(headers.len as usize);
-    let bundle = Bundle::read(headers).unwrap();
-    let one = |number| [bundle.header(number).unwrap().1, &packet[bundle.head().header_len as usize..]].concat();
-    (0..bundle.head().count as usize).map(one).collect()
+    let Some((headers, packet)) = bytes.split_at_checked(headers.len as usize) else { return Vec::new() };
+    let Some(bundle) = Bundle::read(headers) else { return Vec::new() };
+    let Some(rest) = packet.get(bundle.head().header_len as usize..) else { return Vec::new() };
+    (0..bundle.head().count as usize).filter_map(|number| Some([bundle.header(number)?.1, rest].concat())).collect()
 }

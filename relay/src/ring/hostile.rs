@@ -5,10 +5,10 @@ use super::memory::Heap;
 use super::*;
 use std::sync::Arc;
 
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -16,7 +16,7 @@ impl Random {
     }
 
     /// Values that hurt: small, huge, powers of two and their neighbours, anything.
-    fn value(&mut self) -> u64 {
+    pub(crate) fn value(&mut self) -> u64 {
         let any = self.next();
         match any % 6 {
             0 => any >> 60,
@@ -29,7 +29,7 @@ impl Random {
     }
 }
 
-fn inputs() -> u64 {
+pub(crate) fn inputs() -> u64 {
     std::env::var("RELAY_FUZZ_INPUTS").ok().and_then(|count| count.parse().ok()).unwrap_or(200_000)
 }
 

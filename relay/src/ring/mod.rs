@@ -7,7 +7,7 @@ pub mod broadcast;
 pub mod cursor;
 pub mod gate;
 #[cfg(all(test, not(loom)))]
-mod hostile;
+pub(crate) mod hostile;
 pub mod layout;
 pub mod memory;
 #[cfg(all(test, not(loom)))]

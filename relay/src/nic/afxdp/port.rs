@@ -199,7 +199,7 @@ impl Receive for XskReceive {
     }
 
     fn retake(&mut self, count: u32) {
-        self.taken = count;
+        self.taken = count.min(cursor::filled(self.rx.producer(), self.position));
     }
 
     fn position(&self) -> u32 {
@@ -345,7 +345,8 @@ impl Transmit for XskTransmit {
     }
 
     fn reaped(&mut self, count: u32) {
-        self.reap_position = self.reap_position.wrapping_add(count);
+        let ready = cursor::filled(self.completion.producer(), self.reap_position);
+        self.reap_position = self.reap_position.wrapping_add(count.min(ready));
         self.completion.release(self.reap_position);
     }
 
