@@ -44,6 +44,10 @@ pub const EVERY_DEVICE: u32 = u32::MAX;
 pub const FLOW_WAYS: usize = 2;
 /// Buckets of `FLOWS` on each CPU, a power of two; fewer where there are many CPUs (global `FLOW_BUCKETS`).
 pub const MAX_FLOW_BUCKETS: u32 = 16_384;
+/// Devices remembered by their addresses on each CPU, a power of two.
+pub const LATELY_SLOTS: u32 = 16;
+/// Low bits of a device's address that say nothing: it begins with a page, and takes some.
+pub const LATELY_SHIFT: u32 = 12;
 /// Entries of `KERNEL_DROPS`.
 pub const MAX_DROP_KEYS: u32 = 65_536;
 
@@ -232,6 +236,18 @@ pub struct Queue {
     pub batches: [Batch; QUEUE_SLOTS as usize],
 }
 
+/// A device whose queue was handed to its driver. 16 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lately {
+    /// The kernel's address of it.
+    pub address: u64,
+    /// The tables' generation in which its place was looked up; 0: an empty slot.
+    pub generation: u32,
+    /// Its place in `DEVICES`, or [`MAX_DEVICES`].
+    pub place: u32,
+}
+
 /// [`DropKey::kind`]: `slot` is a rule's, `reason` a `DropReason`.
 pub const DROP_OF_RULE: u16 = 0;
 /// [`DropKey::kind`]: `slot` is an output's, `reason` an `OutputDropReason`.
@@ -304,6 +320,7 @@ const _: () = {
     assert!(size_of::<Queued>() == 12);
     assert!(size_of::<Batch>() == 16);
     assert!(size_of::<Queue>() == 520);
+    assert!(size_of::<Lately>() == 16);
     assert!(MAX_OUTPUT_SLOTS <= NO_OWNER && MAX_RULE_SLOTS <= NO_OWNER);
     assert!(MAX_LINEAR_L3_LEN < 0xffff && MAX_DEVICES <= 0xff);
     assert!(size_of::<DropKey>() == 12);

@@ -54,5 +54,23 @@ pub struct Pace {
 
 const _: () = assert!(size_of::<Pace>() == 32);
 
+/// A time without a packet, in map `LAB_SILENCES` (array): the first element has when the last packet came and how many follow. Times
+/// are CLOCK_MONOTONIC, ns. 16 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Silence {
+    /// When it began; of the first element, when the last packet came, 0: none has.
+    pub begin_ns: u64,
+    /// How long it was; of the first element, how many there have been.
+    pub len_ns: u64,
+}
+
+const _: () = assert!(size_of::<Silence>() == 16);
+
+/// Elements of `LAB_SILENCES`; what comes when it is full is counted only.
+pub const SILENCES: u32 = 4096;
+/// What is shorter is none, ns.
+pub const SILENCE_NS: u64 = 500_000;
+
 /// A paced generator that fell behind by more than this leaves out what it missed: no burst afterwards.
 pub const CATCH_UP_NS: u64 = 1_000_000;

@@ -233,6 +233,6 @@ mod pod {
             unsafe impl aya::Pod for $t {}
         )+};
     }
-    pod!(IngressConfig, MatchKey, MatchEntry, SourceKey, SourceVerdict, RedirectMeta, CounterValue, lab::Template, lab::Pace);
+    pod!(IngressConfig, MatchKey, MatchEntry, SourceKey, SourceVerdict, RedirectMeta, CounterValue, lab::Template, lab::Pace, lab::Silence);
     pod!(kernel::KernelPlan, kernel::KernelOutput, kernel::PlanDevice, kernel::DropKey);
 }

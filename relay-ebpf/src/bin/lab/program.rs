@@ -12,7 +12,7 @@ use aya_ebpf::{
 };
 use relay_common::{
     CounterValue,
-    lab::{CATCH_UP_NS, FLOW_STEP, LAB_SLOTS, Pace, TEMPLATE_LEN, Template, VARY_GROUP},
+    lab::{CATCH_UP_NS, FLOW_STEP, LAB_SLOTS, Pace, SILENCE_NS, SILENCES, Silence, TEMPLATE_LEN, Template, VARY_GROUP},
 };
 use relay_ebpf::{
     packet::{self, Packet},
@@ -34,6 +34,8 @@ static LAB_PACE: Array<Pace, 1> = Array::new();
 #[btf_map]
 static LAB_SEQUENCE: PerCpuArray<u64, 1> = PerCpuArray::new();
 
+#[btf_map]
+static LAB_SILENCES: Array<Silence, { SILENCES as usize }> = Array::new();
 /// The flow of each CPU's last packet.
 #[btf_map]
 static LAB_FLOW: PerCpuArray<u32, 1> = PerCpuArray::new();
@@ -42,6 +44,26 @@ static LAB_FLOW: PerCpuArray<u32, 1> = PerCpuArray::new();
 #[xdp(frags)]
 fn lab_drop(ctx: XdpContext) -> u32 {
     count(&ctx);
+    XDP_DROP
+}
+
+/// Counts and drops, and notes for how long nothing came. For a device with one queue: its packets come one after the other.
+#[xdp(frags)]
+fn lab_silence(ctx: XdpContext) -> u32 {
+    count(&ctx);
+    // SAFETY: the helper has no arguments.
+    let now = unsafe { bpf_ktime_get_ns() };
+    // SAFETY: a non-null lookup in an array is its element; no other program writes it meanwhile.
+    let Some(last) = LAB_SILENCES.get_ptr_mut(0).map(|last| unsafe { &mut *last }) else { return XDP_DROP };
+    let silence = Silence { begin_ns: last.begin_ns, len_ns: now - last.begin_ns };
+    if last.begin_ns != 0 && silence.len_ns > SILENCE_NS {
+        last.len_ns += 1;
+        if let Some(place) = LAB_SILENCES.get_ptr_mut(last.len_ns as u32) {
+            // SAFETY: as above.
+            unsafe { *place = silence };
+        }
+    }
+    last.begin_ns = now;
     XDP_DROP
 }
 

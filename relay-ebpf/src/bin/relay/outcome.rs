@@ -8,7 +8,7 @@
 #![expect(unsafe_code, reason = "this CPU's own map elements are written; a field of a kernel structure is read")]
 
 use crate::kernel::{count_rule, counted, drop_for, output, refusal};
-use crate::program;
+use crate::{flow, program};
 use aya_ebpf::{
     Global,
     bindings::bpf_map_type::BPF_MAP_TYPE_DEVMAP,
@@ -47,6 +47,10 @@ static RAN: PerCpuArray<u64, 1> = PerCpuArray::new();
 static COPIES: PerCpuArray<Copies, { COPIES_SLOTS as usize }> = PerCpuArray::new();
 #[btf_map]
 static SPAN: PerCpuArray<Span, 1> = PerCpuArray::new();
+/// Devices lately handed to their drivers, by the low bits of their addresses: asking the kernel and the table takes longer than
+/// all the rest.
+#[btf_map]
+static LATELY: PerCpuArray<Lately, { LATELY_SLOTS as usize }> = PerCpuArray::new();
 
 /// This CPU's own element: programs on one CPU don't interleave here, so it is borrowed by one of them at a time.
 #[inline(always)]
@@ -213,7 +217,7 @@ fn relay_polled(_ctx: RawTracePointContext) -> i32 {
 #[raw_tracepoint(tracepoint = "xdp_devmap_xmit")]
 fn relay_flushed(ctx: RawTracePointContext) -> i32 {
     let (sent, drops): (u32, u32) = (ctx.arg(2), ctx.arg(3));
-    let device = device_of(ifindex(ctx.arg(1)));
+    let device = device_at(ctx.arg(1));
     let ran = own(RAN.get_ptr_mut(0)).map_or(0, core::mem::take);
     let queue = if ran != 0 { PASSED.get_ptr_mut(0) } else { device.and_then(|device| QUEUES.get_ptr_mut(device)) };
     if let Some(queue) = own(queue) {
@@ -240,6 +244,20 @@ fn settle(queue: &mut Queue, device: u32, mut sent: u32, mut drops: u32) {
             refused(device, &packet, count);
         }
     }
+}
+
+/// The place in `DEVICES` of a `struct net_device`. An address that has become another device's is still known by what it was until
+/// the tables' next generation: a device that has gone takes no redirect, so nothing is on its way by its place.
+#[inline(always)]
+fn device_at(device: *const u8) -> Option<u32> {
+    let address = device as u64;
+    let generation = flow::generation();
+    let lately = own(LATELY.get_ptr_mut((address >> LATELY_SHIFT) as u32 & (LATELY_SLOTS - 1)))?;
+    if lately.address != address || lately.generation != generation {
+        let place = device_of(ifindex(device)).unwrap_or(MAX_DEVICES);
+        *lately = Lately { address, generation, place };
+    }
+    (lately.place != MAX_DEVICES).then_some(lately.place)
 }
 
 /// `ifindex` of a `struct net_device`; 0: none.

@@ -120,7 +120,7 @@ impl KernelTables {
     }
 
     /// From now on no packet is carried by what a table said before this call. To come after each change of a table that a
-    /// packet is matched by; plans and outputs in force don't change.
+    /// packet is matched by, or a device found in; plans and outputs in force don't change.
     pub fn forget_flows(&mut self) -> Result<(), ProgramError> {
         let (map, number) = &mut self.generation;
         *number = number.checked_add(1).unwrap_or(1);
@@ -191,6 +191,7 @@ impl KernelTables {
             // It is gone; what the kernel still has for it is counted by nobody's queue.
             let _ = self.device_of.remove(&before);
         }
+        self.forget_flows()?;
         let program = egress.then_some(&self.egress);
         self.devices.set(device, ifindex, program, 0).map_err(|error| ProgramError::Diagnostics(format!("map DEVICES: {error}")))
     }
