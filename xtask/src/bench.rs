@@ -13,22 +13,35 @@ pub(crate) struct Args {
     /// Hold the figures against the bars; exit code 5 if one is missed
     #[arg(long)]
     gate: bool,
-    /// One of them alone (path, payload, flows, rules, loss, fanout, latency, chain)
+    /// Paced loads last 60 s, as the bars ask for
+    #[arg(long)]
+    long: bool,
+    /// One of them alone (path, payload, flows, rules, loss, fanout, receivers, latency, chain)
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
 }
 
 /// Name of the files and arguments of `relay bench`: a few minutes together.
-const BENCHES: [(&str, &str); 8] = [
+const BENCHES: [(&str, &str); 9] = [
     ("path", "path --duration 2s"),
     ("payload", "path --rows kernel,xsk,xsk_loop,packet --payload 64,512,1400 --duration 1s"),
     ("flows", "path --rows xsk,coalesce --flows 16 --duration 1s"),
     ("rules", "path --rows kernel,xsk --rules 1,10000 --duration 1s"),
-    ("loss", "path --rows kernel,xsk --rate 500000 --duration 10s"),
+    ("loss", "path --rows kernel,xsk --rate 500000"),
     ("fanout", "fanout --duration 1s"),
+    ("receivers", "fanout --rows coalesce,kernel,xsk,packet --fanout 16 --receiver link,udp,udp_gro --duration 1s"),
     ("latency", "latency"),
     ("chain", "chain --search 2s"),
 ];
+
+/// Arguments of a load at a pace.
+fn lasting(name: &str, long: bool) -> &'static [&'static str] {
+    match name {
+        "loss" | "chain" if long => &["--duration", "60s"],
+        "loss" => &["--duration", "10s"],
+        _ => &[],
+    }
+}
 
 /// Runs them.
 pub(crate) fn bench(args: &Args) -> Result<ExitCode> {
@@ -48,7 +61,7 @@ pub(crate) fn bench(args: &Args) -> Result<ExitCode> {
     for (name, arguments) in chosen {
         eprintln!("xtask: relay bench {arguments}");
         let mut command = Command::new(target.join("release/relay"));
-        command.arg("bench").args(arguments.split(' ')).arg("--save").arg(directory.join(name));
+        command.arg("bench").args(arguments.split(' ')).args(lasting(name, args.long)).arg("--save").arg(directory.join(name));
         if args.gate {
             command.arg("--gate");
         }

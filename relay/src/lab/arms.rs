@@ -37,6 +37,9 @@ pub enum Arm {
     Packet,
     /// The relay's devmap broadcast in the kernel.
     Kernel,
+    /// The same with an output that changes MAC addresses and TTL alone.
+    #[value(name = "kernel_macs")]
+    KernelMacs,
     /// A bare AF_XDP forwarding loop with the same rewrite: what AF_XDP TX allows (feature `peers`).
     #[value(name = "xsk_loop")]
     XskLoop,
@@ -52,14 +55,24 @@ pub enum Arm {
 
 impl Arm {
     /// All of them, in the order of a table.
-    pub const ALL: [Self; 9] =
-        [Self::Kernel, Self::Xsk, Self::XskLoop, Self::Coalesce, Self::Packet, Self::Sockets, Self::Socat, Self::Smcroute, Self::Redirect];
+    pub const ALL: [Self; 10] = [
+        Self::Kernel,
+        Self::KernelMacs,
+        Self::Xsk,
+        Self::XskLoop,
+        Self::Coalesce,
+        Self::Packet,
+        Self::Sockets,
+        Self::Socat,
+        Self::Smcroute,
+        Self::Redirect,
+    ];
 
     /// What has to be there for it and is not.
     pub fn missing(self) -> Option<&'static str> {
         match self {
             Self::XskLoop if cfg!(not(feature = "peers")) => Some("the feature `peers`"),
-            Self::Kernel if !Path::new(BTF).exists() => Some("the kernel's BTF (CONFIG_DEBUG_INFO_BTF)"),
+            Self::Kernel | Self::KernelMacs if !Path::new(BTF).exists() => Some("the kernel's BTF (CONFIG_DEBUG_INFO_BTF)"),
             Self::Socat | Self::Smcroute => self.peer().filter(|peer| peer.find().is_none()).map(Program::command),
             _ => None,
         }
@@ -80,6 +93,7 @@ impl Arm {
             Self::Coalesce => "coalesce",
             Self::Packet => "packet",
             Self::Kernel => "kernel",
+            Self::KernelMacs => "kernel_macs",
             Self::XskLoop => "xsk_loop",
             Self::Sockets => "sockets",
             Self::Socat => "socat",
@@ -94,7 +108,7 @@ impl Arm {
             Self::Xsk | Self::XskLoop => "tx",
             Self::Coalesce => "coalesce",
             Self::Packet => "uring",
-            Self::Kernel | Self::Redirect => "xdp",
+            Self::Kernel | Self::KernelMacs | Self::Redirect => "xdp",
             Self::Sockets => "mmsg",
             Self::Socat => "send",
             Self::Smcroute => "mroute",
@@ -103,22 +117,31 @@ impl Arm {
 
     /// Whether what it sends carries the new destination.
     pub fn rewrites(self) -> bool {
-        !matches!(self, Self::Smcroute | Self::Redirect)
+        !matches!(self, Self::KernelMacs | Self::Smcroute | Self::Redirect)
     }
 
     /// The path of its rule.
     fn path(self) -> &'static str {
-        if self == Self::Coalesce { "xsk" } else { self.name() }
+        match self {
+            Self::Coalesce => "xsk",
+            Self::KernelMacs => "kernel",
+            _ => self.name(),
+        }
     }
 
-    /// Whether it is the relay, and no baseline: such an arm can send to several outputs.
+    /// Whether it is the relay, and no baseline.
     pub fn is_relay(self) -> bool {
-        matches!(self, Self::Xsk | Self::Coalesce | Self::Packet | Self::Kernel)
+        matches!(self, Self::Xsk | Self::Coalesce | Self::Packet | Self::Kernel | Self::KernelMacs)
+    }
+
+    /// Whether it is the relay with rules as they come: any number of outputs, rewritten as told.
+    pub fn takes_any_rule(self) -> bool {
+        self.is_relay() && self.rewrites()
     }
 
     /// Whether it sends XDP frames, and no socket buffers.
     pub fn sends_frames(self) -> bool {
-        matches!(self, Self::Kernel | Self::Redirect)
+        matches!(self, Self::Kernel | Self::KernelMacs | Self::Redirect)
     }
 
     /// The rule, with path and engine named (DECISIONS: tests and figures).
@@ -133,10 +156,14 @@ impl Arm {
     }
 }
 
+/// What output `n` sends to; the first is [`REWRITTEN`].
+pub fn rewritten(n: u16) -> SocketAddr {
+    SocketAddr::new(Ipv4Addr::new(239, 9, 9 + (n / 200) as u8, 9 + (n % 200) as u8).into(), REWRITTEN.port() + n)
+}
+
 /// So many outputs out of `r1`, each rewritten differently.
 fn outputs(fanout: u16) -> String {
-    let output = |n: u16| format!("r1 239.9.{}.{}:{} ttl=keep", 9 + n / 200, 9 + n % 200, 6000 + n);
-    let outputs: Vec<String> = (0..fanout).map(output).collect();
+    let outputs: Vec<String> = (0..fanout).map(|n| format!("r1 {} ttl=keep", rewritten(n))).collect();
     outputs.join(", ")
 }
 
@@ -179,11 +206,11 @@ impl Running {
     ) -> Result<Self> {
         match arm {
             // What sends every packet on takes those for many rules too: the row says what making them costs.
-            _ if (fanout > 1 || rules > 1 && arm != Arm::Redirect) && !arm.is_relay() => {
-                Err(LabError::Invalid(format!("{} has one output and no rules", arm.name())))
-            }
-            Arm::Xsk | Arm::Coalesce | Arm::Packet | Arm::Kernel => {
-                let rules: Vec<String> = (0..u32::from(rules)).map(|n| arm.rule(hop_group(n), &outputs(fanout), n)).collect();
+            _ if fanout > 1 && !arm.takes_any_rule() => Err(LabError::Invalid(format!("{} has one output", arm.name()))),
+            _ if rules > 1 && !arm.is_relay() && arm != Arm::Redirect => Err(LabError::Invalid(format!("{} has no rules", arm.name()))),
+            Arm::Xsk | Arm::Coalesce | Arm::Packet | Arm::Kernel | Arm::KernelMacs => {
+                let outputs = if arm.rewrites() { outputs(fanout) } else { "r1".to_owned() };
+                let rules: Vec<String> = (0..u32::from(rules)).map(|n| arm.rule(hop_group(n), &outputs, n)).collect();
                 start_relay(&lab.relay, arm, &rules, program, cpu, extra)
             }
             #[cfg(feature = "peers")]
@@ -202,7 +229,9 @@ impl Running {
         let (namespace, from, to) = (lab.hop(hop), hop_group(hop), hop_group(hop + 1));
         match arm {
             Arm::Sockets => start_sockets(namespace, from, to, cpu),
-            _ if arm.is_relay() => start_relay(namespace, arm, &[arm.rule(from, &format!("r1 {to} ttl=keep"), 0)], program, cpu, extra),
+            _ if arm.takes_any_rule() => {
+                start_relay(namespace, arm, &[arm.rule(from, &format!("r1 {to} ttl=keep"), 0)], program, cpu, extra)
+            }
             _ => Err(LabError::Invalid(format!("{} has no place in a chain", arm.name()))),
         }
     }

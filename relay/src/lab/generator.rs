@@ -6,6 +6,7 @@
 
 use super::error::{LabError, Result};
 use super::packet::{Flow, group_mac};
+use super::receivers::Receivers;
 use super::topology::Lab;
 use super::xdp::{LIVE_BATCH, LabProgram, Marks};
 use super::{clock, payload, socket};
@@ -171,7 +172,7 @@ impl Generator {
 
     fn window_once(&mut self, lab: &Lab, cpu: usize, sink: &Sink<'_>, length: Duration, rate: f64) -> Result<Window> {
         let repeat = (rate * (length + WARM_UP * 2).as_secs_f64()).min(MAX_REPEAT) as u32;
-        let (before, drops) = (self.program.count()?, sink_drops(lab)?);
+        let (before, drops) = (self.program.count()?, sink.drops(lab)?);
         let (seconds, delivered, duration) = std::thread::scope(|scope| {
             let sending = scope.spawn(|| self.send(lab, cpu, repeat));
             let seen = observe(sink, length);
@@ -182,7 +183,7 @@ impl Generator {
         let sent = self.program.count()? - before;
         let pace = sent as f64 / duration.saturating_sub(STALL).as_secs_f64().max(1e-9);
         let covered = duration.as_secs_f64() >= WARM_UP.as_secs_f64() + seconds;
-        let sink_drops = sink_drops(lab)? - drops;
+        let sink_drops = sink.drops(lab)? - drops;
         Ok(Window { offered: (pace * seconds) as u64, delivered, seconds, sink_drops, covered })
     }
 }
@@ -215,6 +216,8 @@ pub enum Sink<'a> {
     /// of packets that come as skbs. A super-frame is one skb with one header: IPv4 datagrams of this payload are counted by
     /// what bytes are left without headers.
     Interface(&'a super::Namespace, String, u64),
+    /// Ordinary sockets, and bytes of payload: what a host makes of it. Unlike the others it may well be the bottleneck.
+    Sockets(Receivers, u64),
 }
 
 impl<'a> Sink<'a> {
@@ -230,6 +233,11 @@ impl<'a> Sink<'a> {
         Ok(Self::Interface(namespace, iface, payload.max(1) as u64))
     }
 
+    /// Counts datagrams of `payload` bytes that sockets of these groups on `kN` have read. `merges`: they have UDP_GRO.
+    pub fn at_sockets(lab: &Lab, link: u32, groups: &[SocketAddr], merges: bool, payload: usize) -> Result<Self> {
+        Ok(Self::Sockets(Receivers::start(lab.sink(link), &format!("k{link}"), groups, merges)?, payload.max(1) as u64))
+    }
+
     /// Counts on `r0`, where the relay would be: the generator's ceiling.
     pub fn at_relay(lab: &Lab) -> Result<Self> {
         counting(&lab.relay, "r0").map(Self::Program)
@@ -243,7 +251,14 @@ impl<'a> Sink<'a> {
                 let (bytes, skbs) = (device_counter(namespace, iface, 0)?, device_counter(namespace, iface, 1)?);
                 Ok(bytes.saturating_sub(skbs * IPV4_HEADERS) / payload)
             }
+            Self::Sockets(receivers, payload) => Ok(receivers.bytes() / payload),
         }
+    }
+
+    /// Packets so far that were lost between `r1` and what counts here.
+    pub fn drops(&self, lab: &Lab) -> Result<u64> {
+        let own = if let Self::Sockets(receivers, _) = self { receivers.drops() } else { 0 };
+        Ok(sink_drops(lab)? + own)
     }
 }
 
@@ -258,8 +273,17 @@ impl Drop for Sink<'_> {
 
 /// The counting, dropping program on an interface.
 fn counting(namespace: &super::Namespace, iface: &str) -> Result<LabProgram> {
+    attached(namespace, iface, "lab_drop")
+}
+
+/// What notes the times without a packet on `kN`.
+pub fn listening(lab: &Lab, link: u32) -> Result<LabProgram> {
+    attached(lab.sink(link), &format!("k{link}"), "lab_silence")
+}
+
+fn attached(namespace: &super::Namespace, iface: &str, name: &str) -> Result<LabProgram> {
     let mut program = LabProgram::load()?;
-    namespace.run(|| program.attach("lab_drop", socket::ifindex(iface)?))??;
+    namespace.run(|| program.attach(name, socket::ifindex(iface)?))??;
     Ok(program)
 }
 

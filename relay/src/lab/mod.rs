@@ -19,6 +19,7 @@ pub mod payload;
 pub mod peers;
 pub mod process;
 pub mod progress;
+pub mod receivers;
 pub mod recv;
 pub mod replay;
 pub mod ringbench;

@@ -9,7 +9,7 @@ use aya::programs::links::FdLink;
 use aya::programs::{TestRun, TestRunAttrs, TestRunOptions, Xdp, XdpMode};
 use aya::{Ebpf, EbpfLoader};
 use relay_common::CounterValue;
-use relay_common::lab::{Pace, TEMPLATE_LEN, Template};
+use relay_common::lab::{Pace, SILENCES, Silence, TEMPLATE_LEN, Template};
 use std::os::fd::AsRawFd;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../nic/afxdp/object/lab.bpf.o");
@@ -76,6 +76,14 @@ impl LabProgram {
         let map = PerCpuArray::<&MapData, CounterValue>::try_from(map).map_err(bpf("LAB_COUNT"))?;
         let values = map.get(&0, 0).map_err(bpf("LAB_COUNT"))?;
         Ok(values.iter().map(|value| value.packets).sum())
+    }
+
+    /// The silences that `lab_silence` has noted, as far as there was room.
+    pub fn silences(&self) -> Result<Vec<Silence>> {
+        let map = self.ebpf.map("LAB_SILENCES").ok_or_else(|| missing("LAB_SILENCES"))?;
+        let map = Array::<&MapData, Silence>::try_from(map).map_err(bpf("LAB_SILENCES"))?;
+        let count = map.get(&0, 0).map_err(bpf("LAB_SILENCES"))?.len_ns.min(u64::from(SILENCES) - 1);
+        (1..=count as u32).map(|at| map.get(&at, 0).map_err(bpf("LAB_SILENCES"))).collect()
     }
 
     /// Where `lab_redirect` sends to.

@@ -24,7 +24,8 @@ const SMALL: u16 = 64;
 /// Payload of a full frame.
 const LARGE: u16 = 1400;
 /// One path against another: same fan-out, 64 bytes.
-const RATIOS: [(&str, &str, u32, f64); 6] = [
+const RATIOS: [(&str, &str, u32, f64); 7] = [
+    ("kernel_macs", "redirect", 1, 0.9),
     ("kernel", "redirect", 1, 0.8),
     ("coalesce", "xsk", 1, 2.8),
     ("xsk", "xsk_loop", 1, 0.97),
@@ -100,7 +101,7 @@ fn find<'a>(rows: &'a [Row], path: &str, fanout: u32, payload: u16) -> Option<&'
 /// The row under this load: outputs, payload, flows and rules.
 fn find_of<'a>(rows: &'a [Row], path: &str, fanout: u32, payload: u16, of: [u32; 2]) -> Option<&'a Row> {
     let is_it = |row: &&Row| row.path == path && row.fanout == fanout && row.payload == payload && [row.flows, row.rules] == of;
-    rows.iter().find(|row| is_it(row) && row.p50_us.is_none())
+    rows.iter().find(|row| is_it(row) && row.p50_us.is_none() && row.receiver.is_none())
 }
 
 fn ratio(what: String, row: &Row, against: &Row, wanted: f64) -> Option<Bar> {

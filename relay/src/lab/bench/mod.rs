@@ -15,6 +15,7 @@ mod runs;
 pub use plot::svg;
 pub(super) use report::CEILING_MARGIN;
 pub use report::{Machine, Report, Row, machine, table};
+pub use runs::Receiver;
 
 use super::arms::{Arm, GROUP};
 use super::clock;
@@ -99,6 +100,9 @@ pub struct Args {
     /// Rules, and packets for all of them by turns, one or several numbers
     #[arg(long, default_value = "1", value_delimiter = ',', value_name = "N", value_parser = clap::value_parser!(u16).range(1..=10_000))]
     pub rules: Vec<u16>,
+    /// Who takes what is sent, one or several: a counter at the link, or UDP sockets
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "link", value_name = "RECEIVER")]
+    pub receiver: Vec<Receiver>,
     /// How it is loaded.
     #[command(flatten)]
     pub load: Load,
@@ -113,6 +117,9 @@ pub struct FanoutArgs {
     /// Outputs of the rule, each rewritten differently, all out of one interface; what is delivered is the sum
     #[arg(long, default_value = "1,4,16", value_delimiter = ',', value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub fanout: Vec<u16>,
+    /// Who takes what is sent, one or several: a counter at the link, or UDP sockets
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "link", value_name = "RECEIVER")]
+    pub receiver: Vec<Receiver>,
     /// How it is loaded.
     #[command(flatten)]
     pub load: Load,
@@ -124,15 +131,15 @@ pub fn measure(args: &Args) -> Result<Report> {
     let load = |case: Case| {
         args.flows.iter().flat_map(move |flows| args.rules.iter().map(move |rules| Case { flows: *flows, rules: *rules, ..case }))
     };
-    let mut cases: Vec<Case> = cases(&rows, &[args.fanout], &args.load.payload).into_iter().flat_map(load).collect();
+    let mut cases: Vec<Case> = cases(&rows, &[args.fanout], &args.receiver, &args.load.payload).into_iter().flat_map(load).collect();
     // Rows of one load stand, and run, side by side.
-    cases.sort_by_key(|case| (case.payload, case.flows, case.rules));
+    cases.sort_by_key(|case| (case.payload, case.flows, case.rules, case.receiver));
     measure_cases(&cases, &args.load, args.rate)
 }
 
 /// What can run here; on stderr, what can't.
 fn all_rows(several_outputs: bool) -> Vec<Arm> {
-    let wanted = Arm::ALL.into_iter().filter(|arm| arm.is_relay() || !several_outputs);
+    let wanted = Arm::ALL.into_iter().filter(|arm| arm.takes_any_rule() || !several_outputs);
     let (missing, rows): (Vec<Arm>, Vec<Arm>) = wanted.partition(|arm| arm.missing().is_some());
     if !missing.is_empty() {
         let missing: Vec<String> = missing.iter().map(|arm| format!("{} ({})", arm.name(), arm.missing().unwrap_or_default())).collect();
@@ -143,13 +150,15 @@ fn all_rows(several_outputs: bool) -> Vec<Arm> {
 
 /// `relay bench fanout`: the same at several fan-outs.
 pub fn measure_fanout(args: &FanoutArgs) -> Result<Report> {
-    measure_cases(&cases(&args.rows, &args.fanout, &args.load.payload), &args.load, None)
+    measure_cases(&cases(&args.rows, &args.fanout, &args.receiver, &args.load.payload), &args.load, None)
 }
 
 /// Rows that are compared with one another stand, and run, side by side.
-fn cases(arms: &[Arm], fanouts: &[u16], payloads: &[u16]) -> Vec<Case> {
+fn cases(arms: &[Arm], fanouts: &[u16], receivers: &[Receiver], payloads: &[u16]) -> Vec<Case> {
     let loads = payloads.iter().flat_map(|payload| fanouts.iter().map(|fanout| (*payload, *fanout)));
-    loads.flat_map(|(payload, fanout)| arms.iter().map(move |arm| Case { arm: *arm, fanout, payload, flows: 1, rules: 1 })).collect()
+    let ends = loads.flat_map(|load| receivers.iter().map(move |receiver| (load, *receiver)));
+    let case = |((payload, fanout), receiver), arm: &Arm| Case { arm: *arm, fanout, payload, flows: 1, rules: 1, receiver };
+    ends.flat_map(|end| arms.iter().map(move |arm| case(end, arm))).collect()
 }
 
 fn measure_cases(cases: &[Case], load: &Load, rate: Option<u64>) -> Result<Report> {

@@ -124,13 +124,18 @@ fn decades(values: impl Iterator<Item = f64>) -> Vec<f64> {
     all.get(first..=last).unwrap_or_default().to_vec()
 }
 
+/// A row's path, and who took what it sent, if that was no counter at the link.
+fn name(row: &Row) -> String {
+    row.receiver.as_ref().map_or_else(|| row.path.clone(), |receiver| format!("{} to {receiver}", row.path))
+}
+
 /// Rows of one path are one line.
 fn series(rows: &[Row], points: impl Fn(&Row) -> Vec<(f64, f64)>) -> Vec<Series> {
     let mut all: Vec<Series> = Vec::new();
     for row in rows {
-        match all.iter_mut().find(|series| series.name == row.path) {
+        match all.iter_mut().find(|series| series.name == name(row)) {
             Some(series) => series.points.extend(points(row)),
-            None => all.push(Series { name: row.path.clone(), points: points(row) }),
+            None => all.push(Series { name: name(row), points: points(row) }),
         }
     }
     all
@@ -198,7 +203,7 @@ fn bars(rows: &[Row]) -> String {
     for (index, row) in rows.iter().enumerate() {
         let (top, colour) = (TOP + step * index as f64, colour(index));
         let (middle, height, width) = (top + step * 0.4, step * 0.7, reach(row.delivered_pps) - 110.0);
-        out += &text(102.0, middle + 4.0, "end", &row.path);
+        out += &text(102.0, middle + 4.0, "end", &name(row));
         let _ = writeln!(
             out,
             "<rect class=\"mark\" x=\"110\" y=\"{:.1}\" width=\"{width:.1}\" height=\"{height:.1}\" fill=\"{colour}\"/>",

@@ -3,9 +3,10 @@
 //! Must never leave out what makes a figure doubtful: it stands beside the figure.
 
 use super::gate::Bar;
-use super::runs::{Case, Run};
+use super::runs::{Case, Receiver, Run};
 use crate::lab::arms::{Arm, GROUP, REWRITTEN};
 use crate::lab::clock;
+use crate::lab::generator::Window;
 use serde::{Deserialize, Serialize};
 
 /// A ping-pong slower than this says that the machine is in its slow state.
@@ -80,6 +81,9 @@ pub struct Row {
     /// Rules.
     #[serde(default = "one")]
     pub rules: u32,
+    /// The sockets that took what was sent (`udp`, `udp_gro`); `None`: counted at the link.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receiver: Option<String>,
     /// Relays in a row; of a chain, which of them the row is about.
     pub hops: u32,
     /// The rate asked for, where there was one.
@@ -170,6 +174,7 @@ pub(super) fn row(case: &Case, wait: &str, runs: &[Run], offer: Offer) -> Option
         fanout: u32::from(case.fanout),
         flows: u32::from(case.flows),
         rules: u32::from(case.rules),
+        receiver: case.receiver.name().map(str::to_owned),
         hops: 1,
         asked_pps: if let Offer::Paced(rate) = offer { Some(rate as f64) } else { None },
         offered_pps: offered,
@@ -187,9 +192,14 @@ pub(super) fn row(case: &Case, wait: &str, runs: &[Run], offer: Offer) -> Option
             Offer::Paced(rate) => !keeps_pace(offered, rate as f64),
         },
         sink_drops: runs.iter().map(|run| run.window.sink_drops).sum(),
-        void: runs.iter().any(|run| !run.window.covered || run.window.sink_drops as f64 > SINK_SHARE * run.window.delivered as f64),
+        // What a socket can't take is what its row is about.
+        void: runs.iter().any(|run| !run.window.covered || case.receiver == Receiver::Link && loses_at_sink(&run.window)),
         ..Row::default()
     })
+}
+
+fn loses_at_sink(window: &Window) -> bool {
+    window.sink_drops as f64 > SINK_SHARE * window.delivered as f64
 }
 
 pub(super) fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
@@ -206,7 +216,7 @@ pub(super) fn median(sorted: &[f64]) -> Option<f64> {
 
 /// Against the baseline under the same load.
 pub(super) fn set_ratios(rows: &mut [Row]) {
-    let load = |row: &Row| (row.fanout, row.payload, row.flows, row.rules);
+    let load = |row: &Row| (row.fanout, row.payload, row.flows, row.rules, row.receiver.clone());
     let baselines: Vec<_> = rows.iter().filter(|row| row.path == Arm::Packet.name()).map(|row| (load(row), row.delivered_pps)).collect();
     for row in rows {
         let baseline = baselines.iter().find(|(of, pps)| *of == load(row) && *pps > 0.0);
@@ -270,6 +280,9 @@ fn columns(rows: &[Row]) -> Vec<Column> {
         if rows.iter().any(|row| row.rules > 1) {
             columns.push(("rules", |row| row.rules.to_string()));
         }
+        if rows.iter().any(|row| row.receiver.is_some()) {
+            columns.push(("receiver", |row| row.receiver.clone().unwrap_or_else(|| "link".into())));
+        }
     }
     columns.push(("delivered pps", |row| format!("{:.0}", row.delivered_pps)));
     if !latency && !chain {
@@ -320,10 +333,9 @@ fn notes(row: &Row) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lab::generator::Window;
 
     const fn case(arm: Arm, fanout: u16) -> Case {
-        Case { arm, fanout, payload: 64, flows: 1, rules: 1 }
+        Case { arm, fanout, payload: 64, flows: 1, rules: 1, receiver: Receiver::Link }
     }
 
     fn run(case: Case, offered: u64, delivered: u64) -> Run {
@@ -399,6 +411,9 @@ mod tests {
         let mut lossy = run(of, 4_000, 2_000);
         lossy.window.sink_drops = 3;
         assert!(rows(&[of], &[run(of, 4_000, 2_000), lossy])[0].void);
+        let sockets = Case { receiver: Receiver::Udp, ..of };
+        let row = &rows(&[sockets], &[Run { case: sockets, ..lossy }])[0];
+        assert_eq!((row.void, row.receiver.as_deref(), row.sink_drops), (false, Some("udp"), 3));
         lossy.window.sink_drops = 1;
         assert!(!rows(&[of], &[lossy])[0].void);
     }

@@ -3,16 +3,41 @@
 //! Must never judge: what a run is worth stands in `report`.
 
 use super::Load;
-use crate::lab::arms::{Arm, Running};
+use crate::lab::arms::{Arm, GROUP, Running, rewritten};
 use crate::lab::error::Result;
-use crate::lab::generator::{Generator, Sink, Window, sink_drops};
+use crate::lab::generator::{Generator, Sink, Window};
 use crate::lab::progress::Steps;
 use crate::lab::topology::Lab;
 use relay_common::lab::{VARY_GROUP, VARY_SOURCE_PORT};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 /// After the last packet of a paced run: what is still in rings and queues arrives.
 const SETTLE: Duration = Duration::from_millis(300);
+
+/// Who takes what the arm sends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub enum Receiver {
+    /// A counter at the link, the cheapest end there is.
+    #[default]
+    Link,
+    /// UDP sockets, one for each output.
+    Udp,
+    /// The same with UDP_GRO.
+    #[value(name = "udp_gro")]
+    UdpGro,
+}
+
+impl Receiver {
+    /// In JSON and messages; nothing for the link.
+    pub(super) const fn name(self) -> Option<&'static str> {
+        match self {
+            Self::Link => None,
+            Self::Udp => Some("udp"),
+            Self::UdpGro => Some("udp_gro"),
+        }
+    }
+}
 
 /// What a row is: an arm under one kind of load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +52,8 @@ pub(super) struct Case {
     pub(super) flows: u16,
     /// Rules, and packets for all of them by turns.
     pub(super) rules: u16,
+    /// Who takes it.
+    pub(super) receiver: Receiver,
 }
 
 impl Case {
@@ -34,7 +61,8 @@ impl Case {
     pub(super) fn name(&self) -> String {
         let of = |count: u16, what: &str| if count > 1 { format!(", {count} {what}") } else { String::new() };
         let (flows, rules) = (of(self.flows, "flows"), of(self.rules, "rules"));
-        format!("{} 1:{}, {} bytes{flows}{rules}", self.arm.name(), self.fanout, self.payload)
+        let to = self.receiver.name().map(|name| format!(", to {name}")).unwrap_or_default();
+        format!("{} 1:{}, {} bytes{flows}{rules}{to}", self.arm.name(), self.fanout, self.payload)
     }
 
     fn load(&self, generator: &mut Generator) -> Result<()> {
@@ -105,22 +133,27 @@ fn paced_once(lab: &Lab, generator: &mut Generator, case: &Case, load: &Load, ra
     let sink = sink(lab, case)?;
     let running = start(lab, case, load)?;
     let (switches, before) = (running.preemptions().unwrap_or(0), sink.count()?);
-    let drops = sink_drops(lab)?;
+    let drops = sink.drops(lab)?;
     let sent = generator.paced(lab, load.place.generator_cpu, rate, load.duration)?;
     std::thread::sleep(SETTLE);
     let window = Window {
         offered: sent,
         delivered: sink.count()? - before,
         seconds: load.duration.as_secs_f64(),
-        sink_drops: sink_drops(lab)? - drops,
+        sink_drops: sink.drops(lab)? - drops,
         covered: true,
     };
     Ok(Run { case: *case, window, preemptions: running.preemptions().unwrap_or(switches) - switches })
 }
 
-/// The cheapest end for what the arm sends, so that the arm is what is measured.
+/// At the link the cheapest end for what the arm sends, so that the arm is what is measured.
 fn sink<'a>(lab: &'a Lab, case: &Case) -> Result<Sink<'a>> {
-    if case.arm.sends_frames() { Sink::at_link(lab, 1) } else { Sink::of_stack(lab, 1, usize::from(case.payload)) }
+    let payload = usize::from(case.payload);
+    if case.receiver != Receiver::Link {
+        let groups: Vec<SocketAddr> = (0..case.fanout).map(|n| if case.arm.rewrites() { rewritten(n) } else { GROUP }).collect();
+        return Sink::at_sockets(lab, 1, &groups, case.receiver == Receiver::UdpGro, payload);
+    }
+    if case.arm.sends_frames() { Sink::at_link(lab, 1) } else { Sink::of_stack(lab, 1, payload) }
 }
 
 /// What is sent, and how.
