@@ -40,5 +40,5 @@ fn libbpf_loads_the_lab_object() {
     let object = ObjectBuilder::default().open_memory(LAB_OBJECT).unwrap().load().unwrap();
     let mut programs: Vec<_> = object.progs().map(|program| program.name().to_string_lossy().into_owned()).collect();
     programs.sort();
-    assert_eq!(programs, ["lab_count_pass", "lab_drop", "lab_generate", "lab_redirect", "lab_xsk"]);
+    assert_eq!(programs, ["lab_count_pass", "lab_drop", "lab_generate", "lab_redirect", "lab_silence", "lab_xsk"]);
 }

@@ -56,6 +56,5 @@ fn a_damaged_journal_is_finished_or_left_alone() {
             worker.egress.turn();
         }
     }
-    println!("{damaged} damaged, {armed} with a batch once");
-    assert!(damaged > inputs() / 200, "{damaged} of {} met a dead worker", inputs() / 100);
+    assert!(damaged > inputs() / 200 && armed > damaged / 2, "of {} {damaged} met a dead worker, {armed} one with a batch", inputs() / 100);
 }
