@@ -49,7 +49,7 @@ fn a_damaged_journal_is_finished_or_left_alone() {
         damaged += 1;
         let table = world.table();
         let mut worker = world.start();
-        armed += u32::from(worker.ingress.journal.armed().packet_count > 0);
+        armed += u64::from(worker.ingress.journal.armed().packet_count > 0);
         for _ in 0..8 {
             world.wires[0].borrow_mut().deliver(&world.umem, WAVE);
             worker.ingress.turn(&table, true);
