@@ -9,6 +9,7 @@ use relay::lab::arms::{GROUP, REWRITTEN};
 use relay::lab::clock;
 use relay::lab::generator::{Generator, listening};
 use relay::lab::process::signal_pid;
+use relay_common::lab::Silence;
 use relay_tests::paths::{self, Path, long, renice, turn};
 use relay_tests::process::{bpf_objects, is_dead, status_field, wait_dead, wait_replaced, wait_unloaded};
 use relay_tests::stream::Stream;
@@ -18,6 +19,8 @@ use relay_tests::{
 use serde_json::Value;
 use std::time::Duration;
 
+/// What comes so soon after a kill is its doing, ns.
+const AFTER_NS: u64 = 80_000_000;
 /// For what takes milliseconds.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Packets that show that it forwards.
@@ -234,7 +237,7 @@ fn an_orphan_stands_in_and_is_taken_over() {
     wait_unloaded(&objects).unwrap();
 }
 
-/// The longest silences at the far end at 200 kpps, one for each kill, µs. The generator has a CPU for itself, the relay and this
+/// The silence at the far end that each kill brings at 200 kpps, µs (0: none that is noted). The generator has a CPU for itself, the relay and this
 /// test another: what the scheduler does to a sender or a receiver on the same CPUs is longer than what is looked for.
 fn silences(path: &Path, spares: bool, kills: usize) -> Vec<u64> {
     let allowed = clock::allowed_cpus();
@@ -247,6 +250,7 @@ fn silences(path: &Path, spares: bool, kills: usize) -> Vec<u64> {
     let sink = listening(&lab, 1).unwrap();
     let mut generator = Generator::new(&lab, GROUP, 64).unwrap();
     let length = Duration::from_millis(kills as u64 * 200 + 1_500);
+    let mut killed = Vec::new();
     let sent = std::thread::scope(|scope| {
         let sending = scope.spawn(|| generator.paced(&lab, generator_cpu, 200_000, length).unwrap());
         std::thread::sleep(Duration::from_millis(500));
@@ -256,6 +260,7 @@ fn silences(path: &Path, spares: bool, kills: usize) -> Vec<u64> {
                 ready(&relay);
             }
             std::thread::sleep(Duration::from_millis(20));
+            killed.push(clock::monotonic_ns());
             signal_pid(before[0], Signal::SIGKILL).unwrap();
             // Whoever asks has a process of its own, on the CPU that the successor needs.
             std::thread::sleep(Duration::from_millis(60));
@@ -266,16 +271,14 @@ fn silences(path: &Path, spares: bool, kills: usize) -> Vec<u64> {
     });
     std::thread::sleep(Duration::from_millis(100));
     let (arrived, all) = (sink.count().unwrap(), sink.silences().unwrap());
-    let mut silences: Vec<u64> = all.iter().map(|silence| silence.len_ns / 1_000).collect();
-    silences.sort_unstable_by(|a, b| b.cmp(a));
-    println!(
-        "spares {spares}, {kills} kills: sent {sent}, arrived {arrived}, {} silences, the longest {:?} µs",
-        all.len(),
-        silences.first()
-    );
-    assert!(arrived <= sent);
-    silences.truncate(kills);
-    silences
+    let end = |silence: &Silence| silence.begin_ns + silence.len_ns;
+    let of = |kill: u64| all.iter().filter(move |silence| end(silence) > kill && silence.begin_ns < kill + AFTER_NS);
+    // Before the stream others are heard, after it nobody.
+    let begin = all.iter().map(end).min().unwrap_or(0);
+    let is_others = |silence: &&Silence| silence.begin_ns >= begin && !killed.iter().any(|kill| of(*kill).any(|other| other == *silence));
+    let others = all.iter().filter(is_others).map(|silence| silence.len_ns / 1_000).max();
+    println!("spares {spares}, {kills} kills: sent {sent}, arrived {arrived}; without a kill the longest silence was {others:?} µs");
+    killed.iter().map(|kill| of(*kill).map(|silence| silence.len_ns / 1_000).max().unwrap_or(0)).collect()
 }
 
 /// The bar of issue 7, in rounds of twenty kills with a spare and twenty without.
@@ -300,8 +303,9 @@ fn the_silence_is_shorter() {
             let at = |share: f64| silences.get((share * silences.len() as f64) as usize).copied().unwrap_or(0);
             (silences.len(), at(0.5), at(0.99), silences.last().copied().unwrap_or(0))
         });
-        println!("{}: silences over 1 ms, p50, p99, max µs: with spares {with:?}, without {without:?}", path.name);
-        // The bar of 5 ms at p99 is missed here, with spares and without: sender, receiver and relay share two CPUs (docs/reliability.md).
+        println!("{}: kills, p50, p99, max of their silences in µs: with spares {with:?}, without {without:?}", path.name);
+        // The bar of 5 ms at p99 is missed here: two CPUs, one of which the generator has, and 4 to 11 ms without any kill
+        // (docs/reliability.md).
         assert!(with.1 < without.1, "the median with spares");
     }
 }
