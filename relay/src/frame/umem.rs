@@ -72,11 +72,6 @@ impl Umem {
         self.mapping.as_ptr()
     }
 
-    /// Has this process's page tables filled ([`Mapping::populate`]).
-    pub fn populate(&self) -> nix::Result<()> {
-        self.mapping.populate(self.mapping.len())
-    }
-
     /// Bytes of the region.
     pub fn len(&self) -> usize {
         self.mapping.len()

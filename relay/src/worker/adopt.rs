@@ -256,12 +256,13 @@ impl PortMaker<'_> {
 }
 
 impl Mapped {
-    /// Has done now what would take time, or a call that the box does not have, later: page tables, the seed of hash tables. Page
-    /// tables that the kernel refuses to fill cost their faults.
+    /// Has done now what would take time, or a call that the box does not have, later: page tables of the rings, the seed of hash
+    /// tables. Those of the UMEM are left to faults: filling them held the worker's CPU for milliseconds, and one fault fills sixteen.
     pub fn populate(&self) {
         let _ = RandomState::new();
         let rings = self.layout.egress_ring(self.manifest.ports.len());
-        let _ = self.work.populate(rings).and_then(|()| self.umem.populate());
+        // Where the kernel refuses, it costs faults too.
+        let _ = self.work.populate(rings);
     }
 
     /// Goes on where the predecessor has stopped for ever.
