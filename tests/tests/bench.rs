@@ -45,6 +45,17 @@ fn fanout_has_a_row_a_case() {
     }
 }
 
+/// Sockets at the end get what is sent, merged or not, and their rows say so.
+#[test]
+fn sockets_at_the_end_are_rows_of_their_own() {
+    needs_root!();
+    let _turn = paths::turn();
+    let report = bench("fanout --rows coalesce --fanout 2 --receiver udp,udp_gro --rounds 1 --duration 300ms");
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.iter().map(|row| row["receiver"].as_str().unwrap()).collect::<Vec<_>>(), ["udp", "udp_gro"]);
+    assert!(rows.iter().all(|row| row["delivered_pps"].as_f64().unwrap() > 0.0 && row["void"] == false), "{report}");
+}
+
 /// The wire is there in any case, a path has percentiles, and the plot is written.
 #[test]
 fn latency_has_percentiles_and_a_plot() {

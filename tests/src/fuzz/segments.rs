@@ -22,6 +22,7 @@ use std::io::{IoSlice, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// An edit: place (u16), value (u64).
 pub const EDIT_LEN: usize = 10;
@@ -210,7 +211,9 @@ pub fn table(data: &[u8]) -> bool {
 }
 
 fn received(data: &[u8]) -> Result<bool> {
-    let control = std::path::PathBuf::from(format!("/fuzz/{}/{:?}", std::process::id(), std::thread::current().id()));
+    // Each a name of its own: what was passed and not taken may keep the last one's for a while.
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    let control = std::path::PathBuf::from(format!("/fuzz/{}/{}", std::process::id(), NUMBER.fetch_add(1, Relaxed)));
     let listener = keeper::listen(&control)?;
     let client = keeper::connect(&control)?.context("nobody listens")?;
     let keeper = relay::shm::share::accept(listener.as_fd())?;
