@@ -180,17 +180,21 @@ fn run(path: &Path, length: Duration) -> Outcome {
     let each = length.min(SLICE);
     let wanted = length.as_secs_f64() / each.as_secs_f64();
     let mut slices: Vec<Slice> = Vec::new();
-    while (slices.iter().filter(|slice| !slice.is_void()).count() as f64) < wanted {
+    while (valid(&slices).count() as f64) < wanted {
         slices.push(slice(&lab, &relay, rate, each, (&mut soak, begin)));
-        let void = slices.iter().filter(|slice| slice.is_void()).count();
+        let void = slices.len() - valid(&slices).count();
         assert!(void <= slices.len() / VOID_SHARE + 1, "{void} streams of {} were void: the machine is too busy", slices.len());
     }
     Outcome { rate, slices, after: relay.stats().unwrap(), soak }
 }
 
+fn valid(slices: &[Slice]) -> impl Iterator<Item = &Slice> {
+    slices.iter().filter(|slice| !slice.is_void())
+}
+
 impl Outcome {
     fn sum(&self, of: impl Fn(&Slice) -> u64) -> u64 {
-        self.slices.iter().filter(|slice| !slice.is_void()).map(of).sum()
+        valid(&self.slices).map(of).sum()
     }
 
     fn slopes(&self) -> [f64; 2] {
@@ -201,8 +205,8 @@ impl Outcome {
         let Self { rate, slices, soak, .. } = self;
         let (last, slopes) = (soak.looks.last().unwrap(), self.slopes());
         let wrong = self.sum(|slice| slice.report.duplicated + slice.report.reordered + slice.report.corrupted);
-        let silence = slices.iter().filter(|slice| !slice.is_void()).map(|slice| slice.report.longest_silence_us).max().unwrap();
-        let void = slices.iter().filter(|slice| slice.is_void()).count();
+        let silence = valid(slices).map(|slice| slice.report.longest_silence_us).max().unwrap();
+        let void = slices.len() - valid(slices).count();
         let (sent, arrived) = (self.sum(|slice| slice.sent), self.sum(|slice| slice.report.received));
         println!("{}: {minutes} minutes at {rate} pps, sent {sent}, arrived {arrived}; {void} void streams beside them", path.name);
         let (lost, named) = (self.sum(|slice| slice.report.lost), self.sum(|slice| slice.named));
@@ -216,7 +220,7 @@ impl Outcome {
 
     fn check(&self) {
         let Self { slices, after, .. } = self;
-        slices.iter().filter(|slice| !slice.is_void()).for_each(Slice::check);
+        valid(slices).for_each(Slice::check);
         assert_rules_conserved(after);
         assert_frames_conserved(after);
         assert_eq!(after["frames"]["hand"], 0, "{after}");

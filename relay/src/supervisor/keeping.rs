@@ -172,22 +172,19 @@ impl Supervisor {
                 return false;
             }
         };
-        let mut entries = vec![
-            (Entry::new(Role::Blob, ""), blob.as_fd()),
-            (Entry::new(Role::Supervisor, ""), keeper.supervisor.as_fd()),
-            (Entry::new(Role::Listener, ""), keeper.listener.as_fd()),
-        ];
+        let mut entries = self.entries(&blob, &keeper.supervisor);
+        entries.push((Entry::new(Role::Listener, ""), keeper.listener.as_fd()));
         if self.keeps_kernel_path() {
             entries.push((Entry::new(Role::Endless, ""), keeper.supervisor.as_fd()));
         }
-        entries.extend(self.descriptors());
         let told = keeper::send_table(socket.as_fd(), &entries);
         tracing::debug!(entries = entries.len(), ?told, "keeper");
         told.is_ok()
     }
 
-    pub(super) fn descriptors(&self) -> Vec<(Entry, BorrowedFd<'_>)> {
-        let mut entries: Vec<(Entry, BorrowedFd<'_>)> = Vec::new();
+    /// What every table has: what a successor has to know, this process, and everything that is to outlive it.
+    pub(super) fn entries<'a>(&'a self, blob: &'a OwnedFd, supervisor: &'a OwnedFd) -> Vec<(Entry, BorrowedFd<'a>)> {
+        let mut entries = vec![(Entry::new(Role::Blob, ""), blob.as_fd()), (Entry::new(Role::Supervisor, ""), supervisor.as_fd())];
         entries.extend(self.locks.iter().map(|(ifindex, lock)| (Entry::new(Role::Lock, ifindex), lock.fd.as_fd())));
         entries.extend(self.estate.links.iter().map(|(ifindex, fd)| (Entry::new(Role::Link, ifindex), fd.as_fd())));
         if let Some(program) = &self.program {

@@ -8,11 +8,11 @@ use super::engine::Supervisor;
 use super::notify;
 use super::options::Options;
 pub use crate::keeper::Given;
-use crate::keeper::{self, Entry, Role, Store};
+use crate::keeper::{self, Store};
 use crate::sys::process;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 /// How many descriptors the manager keeps for this service: set by systemd 254 and newer.
@@ -116,9 +116,7 @@ impl Supervisor {
 
     fn order(&self, storing: &mut Storing) -> Result<(), keeper::StoreError> {
         let blob = self.handover().write()?;
-        let mut entries: Vec<(Entry, BorrowedFd<'_>)> =
-            vec![(Entry::new(Role::Blob, ""), blob.as_fd()), (Entry::new(Role::Supervisor, ""), storing.supervisor.as_fd())];
-        entries.extend(self.descriptors());
+        let entries = self.entries(&blob, &storing.supervisor);
         storing.store.put(&entries)?;
         tracing::debug!(entries = entries.len(), stored = storing.count(), "descriptor store");
         Ok(())

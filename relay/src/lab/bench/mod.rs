@@ -39,6 +39,9 @@ pub struct Load {
     /// Bytes of payload, one or several sizes
     #[arg(long, default_value = "64", value_delimiter = ',', value_name = "B", value_parser = clap::value_parser!(u16).range(1..=1472))]
     pub payload: Vec<u16>,
+    /// Who takes what is sent, one or several: a counter at the link, or UDP sockets
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "link", value_name = "RECEIVER")]
+    pub receiver: Vec<Receiver>,
     /// Where it runs.
     #[command(flatten)]
     pub place: Place,
@@ -100,9 +103,6 @@ pub struct Args {
     /// Rules, and packets for all of them by turns, one or several numbers
     #[arg(long, default_value = "1", value_delimiter = ',', value_name = "N", value_parser = clap::value_parser!(u16).range(1..=10_000))]
     pub rules: Vec<u16>,
-    /// Who takes what is sent, one or several: a counter at the link, or UDP sockets
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "link", value_name = "RECEIVER")]
-    pub receiver: Vec<Receiver>,
     /// How it is loaded.
     #[command(flatten)]
     pub load: Load,
@@ -117,9 +117,6 @@ pub struct FanoutArgs {
     /// Outputs of the rule, each rewritten differently, all out of one interface; what is delivered is the sum
     #[arg(long, default_value = "1,4,16", value_delimiter = ',', value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub fanout: Vec<u16>,
-    /// Who takes what is sent, one or several: a counter at the link, or UDP sockets
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "link", value_name = "RECEIVER")]
-    pub receiver: Vec<Receiver>,
     /// How it is loaded.
     #[command(flatten)]
     pub load: Load,
@@ -131,7 +128,7 @@ pub fn measure(args: &Args) -> Result<Report> {
     let load = |case: Case| {
         args.flows.iter().flat_map(move |flows| args.rules.iter().map(move |rules| Case { flows: *flows, rules: *rules, ..case }))
     };
-    let mut cases: Vec<Case> = cases(&rows, &[args.fanout], &args.receiver, &args.load.payload).into_iter().flat_map(load).collect();
+    let mut cases: Vec<Case> = cases(&rows, &[args.fanout], &args.load).into_iter().flat_map(load).collect();
     // Rows of one load stand, and run, side by side.
     cases.sort_by_key(|case| (case.payload, case.flows, case.rules, case.receiver));
     measure_cases(&cases, &args.load, args.rate)
@@ -150,13 +147,13 @@ fn all_rows(several_outputs: bool) -> Vec<Arm> {
 
 /// `relay bench fanout`: the same at several fan-outs.
 pub fn measure_fanout(args: &FanoutArgs) -> Result<Report> {
-    measure_cases(&cases(&args.rows, &args.fanout, &args.receiver, &args.load.payload), &args.load, None)
+    measure_cases(&cases(&args.rows, &args.fanout, &args.load), &args.load, None)
 }
 
 /// Rows that are compared with one another stand, and run, side by side.
-fn cases(arms: &[Arm], fanouts: &[u16], receivers: &[Receiver], payloads: &[u16]) -> Vec<Case> {
-    let loads = payloads.iter().flat_map(|payload| fanouts.iter().map(|fanout| (*payload, *fanout)));
-    let ends = loads.flat_map(|load| receivers.iter().map(move |receiver| (load, *receiver)));
+fn cases(arms: &[Arm], fanouts: &[u16], load: &Load) -> Vec<Case> {
+    let sizes = load.payload.iter().flat_map(|payload| fanouts.iter().map(|fanout| (*payload, *fanout)));
+    let ends = sizes.flat_map(|size| load.receiver.iter().map(move |receiver| (size, *receiver)));
     let case = |((payload, fanout), receiver), arm: &Arm| Case { arm: *arm, fanout, payload, flows: 1, rules: 1, receiver };
     ends.flat_map(|end| arms.iter().map(move |arm| case(end, arm))).collect()
 }
