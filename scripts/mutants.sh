@@ -34,7 +34,7 @@ broadcast-no-second-look~ring/broadcast.rs~before != expected || stamp.load(Orde
 broadcast-miscounts~ring/broadcast.rs~let lost = next.wrapping_sub(self.next);~let lost = next.wrapping_sub(self.next) - 1;~unit~req_000_2_received_and_lost
 gate-off-by-one~ring/broadcast.rs~        if behind.messages < capacity {~        if behind.messages <= capacity {~unit~req_000_2_a_gate_loses_nothing
 gate-forgets-a-reader~ring/gate.rs~messages > found.messages~messages < found.messages~unit~req_000_2_a_gate_loses_nothing
-lock-shared~shm/channel.rs~Err(Errno::EAGAIN | Errno::EACCES) => Ok(None)~Err(Errno::EAGAIN | Errno::EACCES) => Ok(Some(Self(own)))~unit~req_000_1_second_writer
+lock-shared~shm/channel.rs~Err(Errno::EAGAIN | Errno::EACCES) => false~Err(Errno::EAGAIN | Errno::EACCES) => true~unit~req_000_1_second_writer
 moves-before-drained~worker/partition.rs~if free { Route::To(new) } else { Route::Hold }~if free { Route::To(new) } else { Route::To(new) }~unit~req_003_5_a_flow_keeps_its_order
 blocked-output-stops-the-rule~datapath/ingress.rs~let Some((last, others)) = rule.outputs.split_last() else { return };~let Some((last, others)) = rule.outputs.split_last() else { return };\n        if rule.outputs.iter().any(|output| (self.staging.room(output.port) as usize) < fragments.len()) {\n            return;\n        }~ns:surroundings~an_output_that_is_blocked_costs_the_others_nothing::xsk_fused
 interface-not-followed~supervisor/ports.rs~gone.contains(&self.facts.ifindex) || known.get(&self.name).is_none_or(~gone.contains(&u32::MAX) && known.get(&self.name).is_none_or(~ns:surroundings~a_namespace_that_is_removed_takes_only_its_own_output

@@ -19,8 +19,8 @@ use relay_tests::{
 use serde_json::Value;
 use std::time::Duration;
 
-/// What comes so soon after a kill is its doing, ns.
-const AFTER_NS: u64 = 80_000_000;
+/// What comes so soon after a kill is its doing, ns: a hundred times what a successor takes. Later than that this test asks who it is.
+const AFTER_NS: u64 = 50_000_000;
 /// For what takes milliseconds.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Packets that show that it forwards.
@@ -239,9 +239,7 @@ fn an_orphan_stands_in_and_is_taken_over() {
 
 /// The silence at the far end that each kill brings at 200 kpps, µs (0: none that is noted). The generator has a CPU for itself, the relay and this
 /// test another: what the scheduler does to a sender or a receiver on the same CPUs is longer than what is looked for.
-fn silences(path: &Path, spares: bool, kills: usize) -> Vec<u64> {
-    let allowed = clock::allowed_cpus();
-    let [generator_cpu, relay_cpu] = [allowed[0], allowed[allowed.len() - 1]];
+fn silences([generator_cpu, relay_cpu]: [usize; 2], path: &Path, spares: bool, kills: usize) -> Vec<u64> {
     clock::pin_thread(relay_cpu).unwrap();
     let lab = Lab::simple().unwrap();
     let rule = rule();
@@ -290,22 +288,29 @@ fn the_silence_is_shorter() {
         return;
     }
     let _turn = turn();
+    // Asked for once: a pinned thread may use one CPU.
+    let allowed = clock::allowed_cpus();
+    let [Some(generator_cpu), Some(relay_cpu)] = [allowed.first(), allowed.get(1)].map(Option::<&usize>::copied) else {
+        println!("SKIPPED: one CPU: generator and relay need one each");
+        return;
+    };
+    let cpus = [generator_cpu, relay_cpu];
     for path in [paths::XSK_FUSED, paths::XSK_SPLIT] {
-        silences(&path, true, 0);
+        silences(cpus, &path, true, 0);
         let mut all = [vec![], vec![]];
         for _ in 0..5 {
             for (arm, silence) in all.iter_mut().enumerate() {
-                silence.extend(silences(&path, arm == 0, 20));
+                silence.extend(silences(cpus, &path, arm == 0, 20));
             }
         }
         let [with, without] = all.map(|mut silences| {
             silences.sort_unstable();
-            let at = |share: f64| silences.get((share * silences.len() as f64) as usize).copied().unwrap_or(0);
+            let at = |share: f64| silences.get(((share * silences.len() as f64).ceil() as usize).max(1) - 1).copied().unwrap_or(0);
             (silences.len(), at(0.5), at(0.99), silences.last().copied().unwrap_or(0))
         });
         println!("{}: kills, p50, p99, max of their silences in µs: with spares {with:?}, without {without:?}", path.name);
-        // The bar of 5 ms at p99 is missed here: two CPUs, one of which the generator has, and 4 to 11 ms without any kill
-        // (docs/reliability.md).
+        // The bar is 5 ms at p99, on a machine that nobody else uses (docs/reliability.md): here it is said, not asserted.
+        println!("{}: bar of 5 ms {}", path.name, if with.2 <= 5_000 { "met" } else { "missed" });
         assert!(with.1 < without.1, "the median with spares");
     }
 }

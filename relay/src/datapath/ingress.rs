@@ -184,6 +184,11 @@ impl<R: Receive> Ingress<R> {
         self.tap.want(word);
     }
 
+    /// [`Tap::hold`].
+    pub fn hold_tap(&mut self) {
+        self.tap.hold();
+    }
+
     /// One turn over all ports. Returns the packets taken. Without `receiving` it only recycles (draining).
     pub fn turn(&mut self, table: &Table, receiving: bool) -> usize {
         self.recycle();

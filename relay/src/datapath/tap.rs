@@ -92,6 +92,11 @@ impl Tap {
         Self { ring: Some(ring), packet: now(), gathered: Vec::with_capacity(GATHER_LEN), ..Self::default() }
     }
 
+    /// Takes the ring's lock, if that is still a dead predecessor's ([`TapWriter::hold`]).
+    pub fn hold(&mut self) {
+        self.ring.iter_mut().for_each(TapWriter::hold);
+    }
+
     /// What is wanted from now on ([`Wanted`] as a word).
     #[inline]
     pub fn want(&mut self, word: u64) {

@@ -143,6 +143,8 @@ pub struct Manifest {
 pub struct SpareManifest {
     /// The worker it stands in for (pidfd).
     pub worker_fd: i32,
+    /// What hangs up when that one has made its last step (sys/listener.rs), -1: nothing.
+    pub listener_fd: i32,
     /// Socket with one packet in it, the baton: whoever takes it decides who is the worker next. The supervisor holds the same.
     pub baton_fd: i32,
 }
@@ -276,7 +278,7 @@ mod tests {
             heartbeat_ms: 100,
             ports: vec![],
             orphans: OrphanList::default(),
-            spare: Some(SpareManifest { worker_fd: 8, baton_fd: 9 }),
+            spare: Some(SpareManifest { worker_fd: 8, listener_fd: -1, baton_fd: 9 }),
         }
     }
 

@@ -261,6 +261,11 @@ impl TapClaim {
     pub fn take(self) -> Result<TapWriter, ChannelError> {
         self.0.take().map(TapWriter)
     }
+
+    /// The same before the lock is to be had ([`ByteClaim::succeed`]).
+    pub fn succeed(self) -> Result<TapWriter, ChannelError> {
+        self.0.succeed().map(TapWriter)
+    }
 }
 
 /// A worker's end of its tap ring.
@@ -278,6 +283,11 @@ impl TapWriter {
         if self.0.send(record).is_err() {
             self.0.count_dropped();
         }
+    }
+
+    /// [`ByteWriter::hold`].
+    pub fn hold(&mut self) {
+        self.0.hold();
     }
 
     /// Counts a packet or record that was left out.

@@ -53,9 +53,12 @@ impl ByteClaim {
 
     /// Takes over the writing end from nobody, or from a writer that is gone: numbers go on, its unfinished message is lost.
     pub fn take(self) -> Result<ByteWriter, ChannelError> {
-        let chunks = self.0.take()?;
-        let max_len = max_len(chunks.capacity());
-        Ok(ByteWriter { message: chunks.last().map_or(0, |chunk| chunk.message), chunks, max_len })
+        self.0.take().map(ByteWriter::of)
+    }
+
+    /// The same before the lock is to be had ([`Claim::succeed`]).
+    pub fn succeed(self) -> Result<ByteWriter, ChannelError> {
+        self.0.succeed().map(ByteWriter::of)
     }
 }
 
@@ -76,6 +79,15 @@ impl ByteWriter {
     /// The segment of such a channel, for a writer that is to come ([`ByteWriter::adopt`]). Memory is taken as it is written.
     pub fn prepare(name: &str, capacity: u32) -> Result<Arc<Segment>, ChannelError> {
         channel::prepare::<Chunk>(Segment::create(name, channel::channel_len::<Chunk>(capacity))?, capacity)
+    }
+
+    fn of(chunks: Writer<Chunk>) -> Self {
+        Self { message: chunks.last().map_or(0, |chunk| chunk.message), max_len: max_len(chunks.capacity()), chunks }
+    }
+
+    /// [`Writer::hold`].
+    pub fn hold(&mut self) {
+        self.chunks.hold();
     }
 
     /// [`ByteClaim::open`] and [`ByteClaim::take`].

@@ -111,25 +111,30 @@ pub struct ChannelStats {
 
 /// Kernel lock that says who writes: an open file description lock on a description of our own, dropped by the kernel when we die.
 #[derive(Debug)]
-struct WriterLock(#[expect(dead_code, reason = "held until dropped")] OwnedFd);
+struct WriterLock {
+    own: OwnedFd,
+    held: bool,
+}
 
 impl WriterLock {
     /// What the lock is taken on.
-    fn open(segment: &Segment) -> Result<OwnedFd, ChannelError> {
+    fn open(segment: &Segment) -> Result<Self, ChannelError> {
         // Reopening gives a description of its own; an inherited descriptor shares its parent's, and so its locks.
         let path = format!("/proc/self/fd/{}", segment.as_fd().as_raw_fd());
-        nix::fcntl::open(path.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, nix::sys::stat::Mode::empty())
-            .map_err(|errno| ChannelError::System("open of /proc/self/fd (is /proc mounted?)", errno))
+        let own = nix::fcntl::open(path.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, nix::sys::stat::Mode::empty())
+            .map_err(|errno| ChannelError::System("open of /proc/self/fd (is /proc mounted?)", errno))?;
+        Ok(Self { own, held: false })
     }
 
-    /// `None`: somebody else holds it (also in this process).
-    fn take(own: OwnedFd) -> Result<Option<Self>, ChannelError> {
+    /// Takes it, unless somebody else holds it (also in this process).
+    fn take(&mut self) -> Result<(), ChannelError> {
         let whole = libc::flock { l_type: libc::F_WRLCK as i16, l_whence: libc::SEEK_SET as i16, l_start: 0, l_len: 0, l_pid: 0 };
-        match fcntl(&own, FcntlArg::F_OFD_SETLK(&whole)) {
-            Ok(_) => Ok(Some(Self(own))),
-            Err(Errno::EAGAIN | Errno::EACCES) => Ok(None),
-            Err(errno) => Err(ChannelError::System("F_OFD_SETLK", errno)),
-        }
+        self.held = match fcntl(&self.own, FcntlArg::F_OFD_SETLK(&whole)) {
+            Ok(_) => true,
+            Err(Errno::EAGAIN | Errno::EACCES) => false,
+            Err(errno) => return Err(ChannelError::System("F_OFD_SETLK", errno)),
+        };
+        Ok(())
     }
 }
 
@@ -138,7 +143,7 @@ impl WriterLock {
 pub struct Claim<T: Pod> {
     segment: Arc<Segment>,
     header: Header,
-    own: OwnedFd,
+    lock: WriterLock,
     pid: u32,
     element: PhantomData<T>,
 }
@@ -151,7 +156,7 @@ impl<T: Pod> Claim<T> {
 
     fn of(segment: Arc<Segment>) -> Result<Self, ChannelError> {
         let header = Header::open(segment.clone(), layout_hash::<T>())?;
-        Ok(Self { own: WriterLock::open(&segment)?, segment, header, pid: std::process::id(), element: PhantomData })
+        Ok(Self { lock: WriterLock::open(&segment)?, segment, header, pid: std::process::id(), element: PhantomData })
     }
 
     /// All of the channel's memory.
@@ -163,6 +168,14 @@ impl<T: Pod> Claim<T> {
     pub fn take(self) -> Result<Writer<T>, ChannelError> {
         Writer::attach(self, None)
     }
+
+    /// The same for whom the kernel has told that the writer before is dead: it drops that one's lock somewhat later, and
+    /// [`Writer::hold`] takes it then.
+    pub fn succeed(self) -> Result<Writer<T>, ChannelError> {
+        let mut writer = Writer::attach_early(self, None)?;
+        writer.hold();
+        Ok(writer)
+    }
 }
 
 /// The writing end: neither `Clone` nor, through `&mut self`, shareable.
@@ -172,7 +185,7 @@ pub struct Writer<T: Pod> {
     header: Header,
     segment: Arc<Segment>,
     gate: Option<Arc<Segment>>,
-    _lock: WriterLock,
+    lock: WriterLock,
 }
 
 impl<T: Pod> Writer<T> {
@@ -206,13 +219,17 @@ impl<T: Pod> Writer<T> {
         Self::attach(Claim::open(fd)?, Some((gate, reader_count)))
     }
 
-    fn attach(claim: Claim<T>, gate: Option<(Arc<Segment>, u32)>) -> Result<Self, ChannelError> {
-        let Claim { segment, header, own, pid, element: _ } = claim;
-        let lock = WriterLock::take(own)?.ok_or(ChannelError::AlreadyOwned(header.owner()))?;
+    fn attach(mut claim: Claim<T>, gate: Option<(Arc<Segment>, u32)>) -> Result<Self, ChannelError> {
+        claim.lock.take()?;
+        if claim.lock.held { Self::attach_early(claim, gate) } else { Err(ChannelError::AlreadyOwned(claim.header.owner())) }
+    }
+
+    fn attach_early(claim: Claim<T>, gate: Option<(Arc<Segment>, u32)>) -> Result<Self, ChannelError> {
+        let Claim { segment, header, lock, pid, element: _ } = claim;
         let gate_words = gate.as_ref().and_then(|(memory, count)| Gate::new(gate_words(memory, *count)?, *count));
         let publisher = Publisher::attach(segment.clone(), HEADER_SIZE, gate_words)?;
         header.own(pid);
-        Ok(Self { publisher, header, segment, gate: gate.map(|(memory, _)| memory), _lock: lock })
+        Ok(Self { publisher, header, segment, gate: gate.map(|(memory, _)| memory), lock })
     }
 
     /// Sends. Fails only if the channel is gated and an admitted reader would lose a message.
@@ -238,6 +255,14 @@ impl<T: Pod> Writer<T> {
     pub fn evict(&mut self, reader: u32) {
         if let Some(gate) = self.publisher.gate() {
             gate.evict(reader);
+        }
+    }
+
+    /// Takes the lock, if it was not to be had yet ([`Claim::succeed`]). One system call then, none otherwise.
+    pub fn hold(&mut self) {
+        if !self.lock.held {
+            // An error leaves it as it is.
+            let _ = self.lock.take();
         }
     }
 

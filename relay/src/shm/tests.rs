@@ -26,6 +26,22 @@ fn req_000_1_second_writer_is_refused_until_the_first_is_gone() {
     assert_eq!(second.header().epoch(), 2);
 }
 
+/// A writer that the kernel has called dead may hold its lock for some milliseconds more.
+#[test]
+fn req_000_1_a_successor_takes_the_lock_when_it_is_free() {
+    let first = Writer::<u64>::create("one", 8).unwrap();
+    let [fd, held, still, later] = [(); 4].map(|()| duplicate(first.as_fd()).unwrap());
+    let mut second = Claim::<u64>::open(fd).unwrap().succeed().unwrap();
+    assert_eq!(second.header().epoch(), 2);
+    second.hold();
+    drop(Writer::<u64>::adopt(held).unwrap_err());
+    drop(first);
+    second.hold();
+    assert!(matches!(Writer::<u64>::adopt(still), Err(ChannelError::AlreadyOwned(_))), "the successor's");
+    drop(second);
+    assert!(Writer::<u64>::adopt(later).is_ok());
+}
+
 #[test]
 fn req_000_1_a_successor_goes_on_with_the_numbers() {
     let mut first = Writer::<u64>::create("one", 8).unwrap();

@@ -19,7 +19,7 @@ mod spare;
 
 pub use adopt::KeptWorker;
 
-use self::process::{End, Process};
+use self::process::{End, Listener, Process};
 use self::silence::Threads;
 use self::spare::{Baton, Reserve};
 use super::backoff::Backoff;
@@ -282,6 +282,7 @@ impl Fleet {
             stderr: self.null.as_fd(),
             inherit,
             null: self.null.as_fd(),
+            listener: None,
         })
     }
 
@@ -313,12 +314,13 @@ impl Fleet {
         use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
         let gone = || RunError::failure(format!("no worker {index}"));
         let cpus = self.slots.get(index).map(|slot| self.cpus_of(slot.id)).ok_or_else(gone)?;
-        let (life, theirs) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).map_err(failed("socketpair"))?;
+        let pair = || socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).map_err(failed("socketpair"));
+        let (life, theirs) = pair()?;
+        let listener = self.spares.then(pair).transpose()?;
         let (log, stderr) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(failed("pipe"))?;
         let slot = self.slots.get_mut(index).ok_or_else(gone)?;
         slot.generation += 1;
-        let waits_for = baton.and_then(|baton| Some([slot.process.as_ref()?.child.pidfd.as_fd(), baton.as_fd()]));
+        let waits_for = baton.and_then(|baton| Some((slot.process.as_mut()?.ends(), baton.as_fd())));
         let manifest = Manifest {
             version: LAYOUT_VERSION,
             worker: slot.id,
@@ -337,11 +339,16 @@ impl Fleet {
             heartbeat_ms: self.heartbeat.as_millis() as u64,
             ports: ports.manifest(index, self.frames),
             orphans: ports.orphans(index, self.frames),
-            spare: waits_for.map(|[worker, baton]| SpareManifest { worker_fd: worker.as_raw_fd(), baton_fd: baton.as_raw_fd() }),
+            spare: waits_for.map(|((worker, listener), baton)| SpareManifest {
+                worker_fd: worker.as_raw_fd(),
+                listener_fd: listener.map_or(-1, |listener| listener.as_raw_fd()),
+                baton_fd: baton.as_raw_fd(),
+            }),
         };
         let control = Control::create(&manifest).map_err(RunError::failure)?;
         let segments = [control.as_fd(), slot.status_segment.as_fd(), slot.umem.as_fd(), slot.work.as_fd(), slot.tap.as_fd()];
-        let fixed = segments.into_iter().chain([self.rules.as_fd(), theirs.as_fd()]).chain(waits_for.into_iter().flatten());
+        let watched = waits_for.map(|((worker, listener), baton)| [Some(worker), listener, Some(baton)]).into_iter().flatten().flatten();
+        let fixed = segments.into_iter().chain([self.rules.as_fd(), theirs.as_fd()]).chain(watched);
         let locks = locks.iter().map(|(_, lock)| lock.fd.as_raw_fd());
         let inherit: Vec<i32> = fixed.map(|fd| fd.as_raw_fd()).chain(ports.descriptors(index)).chain(locks).collect();
         slot.watch_rings(manifest.ports.len()).map_err(RunError::failure)?;
@@ -355,9 +362,11 @@ impl Fleet {
             stderr: stderr.as_fd(),
             inherit: &inherit,
             null: self.null.as_fd(),
+            listener: listener.as_ref().map(|(_, theirs)| theirs.as_fd()),
         })
         .map_err(failed("starting a worker"))?;
-        Ok(Process::new(child, Some(control), Some(life), Some(log)))
+        let listener = listener.map_or(Listener::None, |(ours, _)| Listener::ToCome(ours));
+        Ok(Process::new(child, listener, Some(control), Some(life), Some(log)))
     }
 
     /// Time since the fleet was made.
@@ -554,7 +563,7 @@ impl Slot {
             return true;
         }
         self.look_at_spare(now);
-        self.process.iter().for_each(|process| _ = process.hear());
+        self.process.iter_mut().for_each(|process| _ = process.hear());
         let pending = self.is_pending();
         match self.phase {
             Phase::Starting(since) if pending => {

@@ -3,6 +3,7 @@
 //! Must never hold policy. Every `unsafe` here is one system call, one mapping or one word in a mapping.
 
 pub mod fuse;
+pub mod listener;
 pub mod mapping;
 pub mod memo;
 pub mod process;

@@ -4,6 +4,7 @@
 //! makes plain system calls until exec; it allocates nothing and takes no lock.
 #![expect(unsafe_code, reason = "fork, execveat, prctl, capset, pidfd_open")]
 
+use super::listener;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
@@ -28,6 +29,8 @@ pub struct Spawn<'a> {
     pub inherit: &'a [RawFd],
     /// Where stdin and stdout point.
     pub null: BorrowedFd<'a>,
+    /// Packet socket through which the child sends what hangs up when it ends ([`listener`]); it does not keep it.
+    pub listener: Option<BorrowedFd<'a>>,
 }
 
 /// A child process.
@@ -145,6 +148,9 @@ fn become_child(spawn: &Spawn<'_>, argv: &[*const libc::c_char], envp: &[*const 
         && clear_capabilities() == 0
         && no_new_privileges();
     if ready {
+        if let Some(socket) = spawn.listener {
+            listener::send_through(socket.as_raw_fd());
+        }
         exec(spawn.executable.as_raw_fd(), argv, envp);
     }
     fail(c"worker: could not be set up or executed\n");

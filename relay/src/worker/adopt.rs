@@ -268,8 +268,11 @@ impl Mapped {
     /// Goes on where the predecessor has stopped for ever.
     pub fn adopt(self) -> Result<Adopted, BootError> {
         let Self { manifest, orders, status, claim, rules, table, layout, umem, work, ports, tap, life } = self;
-        let reports = claim.take().map_err(|error| error.of(discovery::STATUS))?;
-        if manifest.spare.is_some() {
+        // A spare may be here before the kernel has dropped the locks of whom it stands in for.
+        let is_spare = manifest.spare.is_some();
+        let reports = if is_spare { claim.succeed() } else { claim.take() }.map_err(|error| error.of(discovery::STATUS))?;
+        let take_tap = if is_spare { TapClaim::succeed } else { TapClaim::take };
+        if is_spare {
             status.header.become_state(State::Boot, Actor::Spare).map_err(ChannelError::from)?;
         }
         initialise(&work, &layout, &manifest)?;
@@ -293,7 +296,7 @@ impl Mapped {
             held_by_senders: HeldMap::new(SharedArray::new(&work, layout.held_by_senders(manifest.frame_count), frames)?),
             stamps: parts.stamps,
             bundling: parts.bundling,
-            tap: tap.and_then(|tap| tap.take().inspect_err(nothing_captured).ok()).map(Tap::new).unwrap_or_default(),
+            tap: tap.and_then(|tap| take_tap(tap).inspect_err(nothing_captured).ok()).map(Tap::new).unwrap_or_default(),
         });
         let books = EgressBooks { counters: status.egress.clone(), ports: status.sends.clone(), latency: status.latency.clone() };
         let returns = Producer::attach(memory, layout.return_ring)?;

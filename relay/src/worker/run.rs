@@ -363,6 +363,8 @@ impl Worker {
 
     fn beat(&mut self) {
         self.count_port_drops();
+        self.reports.hold();
+        self.ingress.hold_tap();
         if let Some(frames) = self.ledger.read() {
             // Without a gate a channel takes every message.
             let _ = self.reports.send(&frames);

@@ -2,7 +2,7 @@
 //!
 //! Must never start a successor before the old process has made way; its status segment's lock is the fence if that fails.
 
-use super::process::Process;
+use super::process::{Listener, Process};
 use super::{Fleet, Memory, Phase, Slot};
 use crate::frame::{FRAME_SIZE, Umem};
 use crate::keeper::{Entry, Role, Table, TableError};
@@ -45,7 +45,7 @@ pub(super) fn keep_process<'a>(process: &'a Process, key: &str) -> Vec<(Entry, B
 /// A predecessor's process.
 pub(super) fn take_process(pid: u32, key: &str, table: &mut Table) -> Result<Process, TableError> {
     let child = Child { pid, pidfd: table.take(Role::Process, key)? };
-    Ok(Process::new(child, None, table.take(Role::Life, key).ok(), table.take(Role::Log, key).ok()))
+    Ok(Process::new(child, Listener::None, None, table.take(Role::Life, key).ok(), table.take(Role::Log, key).ok()))
 }
 
 impl Fleet {
