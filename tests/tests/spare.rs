@@ -19,7 +19,7 @@ use relay_tests::{
 use serde_json::Value;
 use std::time::Duration;
 
-/// What comes so soon after a kill is its doing, ns: a hundred times what a successor takes. Later than that this test asks who it is.
+/// What comes so soon after a kill is its doing, ns. From 60 ms on this test asks who stands in, by a process of its own on the same CPU.
 const AFTER_NS: u64 = 50_000_000;
 /// For what takes milliseconds.
 const PATIENCE: Duration = Duration::from_secs(20);

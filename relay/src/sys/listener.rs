@@ -49,7 +49,7 @@ fn send(socket: RawFd, fd: RawFd) {
     unsafe { libc::sendmsg(socket, &raw const message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
 }
 
-/// Whether the process of a listener has made its last step.
+/// Whether the process of a listener has made its last step. POLLHUP alone says so: a look that a signal cut short is POLLERR.
 pub fn has_hung_up(listener: BorrowedFd<'_>) -> bool {
     let mut polled = [PollFd::new(listener, PollFlags::empty())];
     poll(&mut polled, PollTimeout::ZERO).is_ok() && polled.iter().any(|fd| fd.revents().is_some_and(|is| is.contains(PollFlags::POLLHUP)))

@@ -268,11 +268,11 @@ impl Mapped {
     /// Goes on where the predecessor has stopped for ever.
     pub fn adopt(self) -> Result<Adopted, BootError> {
         let Self { manifest, orders, status, claim, rules, table, layout, umem, work, ports, tap, life } = self;
-        // A spare may be here before the kernel has dropped the locks of whom it stands in for.
-        let is_spare = manifest.spare.is_some();
-        let reports = if is_spare { claim.succeed() } else { claim.take() }.map_err(|error| error.of(discovery::STATUS))?;
-        let take_tap = if is_spare { TapClaim::succeed } else { TapClaim::take };
-        if is_spare {
+        // A spare with a listener may be here before the kernel has dropped the locks of whom it stands in for.
+        let is_early = manifest.spare.is_some_and(|spare| spare.listener_fd >= 0);
+        let reports = if is_early { claim.succeed() } else { claim.take() }.map_err(|error| error.of(discovery::STATUS))?;
+        let take_tap = if is_early { TapClaim::succeed } else { TapClaim::take };
+        if manifest.spare.is_some() {
             status.header.become_state(State::Boot, Actor::Spare).map_err(ChannelError::from)?;
         }
         initialise(&work, &layout, &manifest)?;

@@ -7,8 +7,9 @@
 //! ```
 //! Nobody has to wake it, and nobody could be slow in doing so. Two workers can't meet: the baton is one packet in a socket that the
 //! supervisor holds too, and the kernel gives it to one of them. A supervisor takes it before it starts another successor, drains
-//! the worker or changes its ports; a spare, only after the kernel has told of the death (ADOPTION: a word does not fence). The kernel's lock
-//! on the status segment is no fence here: it goes later than that. Must never read what its predecessor writes before that, nor take part in anything before it.
+//! the worker or changes its ports; a spare, only after the kernel has told of the death (ADOPTION: a word does not fence). The kernel's lock on
+//! the status segment is the second fence for one that waits for the pidfd alone; with a listener it is early, and takes the lock when that is free.
+//! Must never read what its predecessor writes before the kernel has told, nor take part in anything before it.
 
 use super::adopt::{self, BootError, Mapped};
 use super::snapshot;
