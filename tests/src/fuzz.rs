@@ -31,10 +31,10 @@ pub fn packet(data: &[u8]) -> bool {
     let checked = inspect(&headers, &[packet]);
     let (head, tail) = packet.split_at(usize::from(headers.l4_offset) + 8);
     assert_eq!(checked, inspect(&headers, &[head, &tail[..tail.len() / 2], &tail[tail.len() / 2..]]), "pieces make a difference");
-    checked.is_ok_and(|checked| rewritten(packet, &headers, &checked, &edit))
+    checked.is_ok_and(|checked| rewritten(packet, &headers, checked, &edit))
 }
 
-fn rewritten(packet: &[u8], headers: &Headers, checked: &Checked, edit: &Edit) -> bool {
+fn rewritten(packet: &[u8], headers: &Headers, checked: Checked, edit: &Edit) -> bool {
     let room = usize::from(edit.zero[0] & 7);
     let mut frame = [vec![0x55; room], packet.to_vec(), vec![0x55; 16]].concat();
     let (before, mut offset, mut len) = (frame.clone(), room as u32, packet.len() as u32);

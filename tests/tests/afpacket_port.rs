@@ -395,7 +395,7 @@ fn packets_in_pieces_are_sent_whole() {
         let mut tx = sender(engine, socket::open_send(ifindex("d0")).unwrap(), &memory);
         let sent = packet(3, &[], 9000);
         for round in 0..200 {
-            let pieces: Vec<&[u8]> = sent.chunks(1792).collect();
+            let pieces: Vec<&[u8]> = sent.chunks(FRAME_CAPACITY as usize).collect();
             for (position, piece) in pieces.iter().enumerate() {
                 let mut frame = memory.pool.take(&memory.umem).unwrap();
                 memory.umem.bytes_mut(&mut frame, HEADROOM, piece.len() as u32).copy_from_slice(piece);

@@ -143,7 +143,7 @@ fn rewrite_once(packet: Vec<u8>, how: Rewrite, outputs: u32) -> Result<impl FnMu
                 place.copy_from_slice(black_box(&packet));
             }
             let (mut offset, mut len) = (HEADROOM as u32, packet.len() as u32);
-            let _ = black_box(rewrite(frame, &mut offset, &mut len, &headers, &checked, edit));
+            let _ = black_box(rewrite(frame, &mut offset, &mut len, &headers, checked, edit));
         }
     })
 }

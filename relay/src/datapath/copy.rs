@@ -81,7 +81,7 @@ mod tests {
         let mut places = std::collections::BTreeSet::new();
         for index in 0..64 {
             let frame = umem.claim_index(index).unwrap();
-            for len in [60, 106, 768, 769, FRAME_CAPACITY] {
+            for len in [60, 106, 752, 753, FRAME_CAPACITY] {
                 let at = place_of_copy(&frame, len);
                 assert!(at >= HEADROOM && at + len <= FRAME_SIZE && at == place_of_copy(&frame, len), "{len} bytes at {at}");
             }

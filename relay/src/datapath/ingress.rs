@@ -27,7 +27,8 @@ use crate::plan::counters::{
 use crate::plan::fate::{DropReason, OutputDropReason};
 use crate::ring::{Consumer, Producer};
 use crate::sys::{SharedArray, fuse};
-use crate::wire::{Headers, parse};
+use crate::wire::Headers;
+use crate::wire::parse::parse_into;
 use arrayvec::ArrayVec;
 use std::sync::Arc;
 
@@ -471,7 +472,7 @@ fn original<'a>(umem: &'a Umem, head: &'a [u8], fragments: &'a Fragments, len: u
 
 /// A packet whose headers are known.
 struct Parsed<'a> {
-    headers: Headers,
+    headers: &'a Headers,
     checked: Checked,
     /// The original header bytes, cut to the packet.
     head: &'a [u8],
@@ -487,9 +488,10 @@ impl Hand<'_> {
         self.tally.add(port_rx(port), len);
         let first_len = packet.fragments.first().map_or(0, |first| first.len) as usize;
         let head = saved.get(..first_len.min(SAVED_LEN)).unwrap_or_default();
-        let found = if skip { Err(DropReason::Poison) } else { find(table, ifindex, packet, head, first_len, len) };
-        let (rule, headers) = match found {
-            Ok(found) => found,
+        let mut headers = Headers::default();
+        let found = if skip { Err(DropReason::Poison) } else { find(table, ifindex, packet, head, len, &mut headers) };
+        let rule = match found {
+            Ok(rule) => rule,
             Err(reason) => {
                 self.tally.add(port_drop(port, reason), len);
                 self.tap.refuse(port, &original(self.umem, head, &packet.fragments, len), reason);
@@ -504,7 +506,7 @@ impl Hand<'_> {
             self.inspect(&headers, head, &packet.fragments)
         };
         match checked {
-            Ok(checked) => self.fan_out(rule, &Parsed { headers, checked, head, len }, &mut packet.fragments),
+            Ok(checked) => self.fan_out(rule, &Parsed { headers: &headers, checked, head, len }, &mut packet.fragments),
             Err(reason) => {
                 self.tally.add(rule_drop(rule.slot as usize, reason), len);
                 self.tap.leave(&original(self.umem, head, &packet.fragments, len), Err(reason));
@@ -646,7 +648,7 @@ impl Hand<'_> {
     fn edit(&self, output: &OutputPlan, parsed: &Parsed<'_>, fragments: &mut Fragments) -> Result<(), OutputDropReason> {
         let Some(Fragment { frame, offset, len }) = fragments.first_mut() else { return Ok(()) };
         let bytes = self.umem.bytes_mut(frame, 0, FRAME_SIZE);
-        rewrite(bytes, offset, len, &parsed.headers, &parsed.checked, &output.edit)
+        rewrite(bytes, offset, len, parsed.headers, parsed.checked, &output.edit)
     }
 
     /// Writes the descriptors, the first with `first_flags` too; the tokens end here, the frames are the egress ring's.
@@ -677,7 +679,7 @@ fn verdict(output: &OutputPlan, parsed: &Parsed<'_>) -> Result<(), OutputDropRea
         to.copy_from_slice(parsed.head);
     }
     let (mut offset, mut len) = (HEADROOM, parsed.head.len() as u32);
-    rewrite(&mut scratch, &mut offset, &mut len, &parsed.headers, &parsed.checked, &output.edit)
+    rewrite(&mut scratch, &mut offset, &mut len, parsed.headers, parsed.checked, &output.edit)
 }
 
 fn find<'t>(
@@ -685,15 +687,13 @@ fn find<'t>(
     ifindex: u32,
     packet: &Packet,
     head: &[u8],
-    first_len: usize,
     len: u64,
-) -> Result<(&'t RulePlan, Headers), DropReason> {
+    headers: &mut Headers,
+) -> Result<&'t RulePlan, DropReason> {
     // Headers must lie in the saved bytes; what is said about the rest follows from the lengths.
-    let headers = parse(head, len as usize).map_err(|_| DropReason::Malformed)?;
-    debug_assert!(first_len >= head.len());
-    let rule = match packet.hint.rule {
-        Some(hint) => table.hinted(hint, ifindex, &headers).ok_or(DropReason::RuleGone),
-        None => table.find(ifindex, &headers).ok_or(DropReason::NoRule),
-    }?;
-    Ok((rule, headers))
+    parse_into(head, len as usize, headers).map_err(|_| DropReason::Malformed)?;
+    match packet.hint.rule {
+        Some(hint) => table.hinted(hint, ifindex, headers).ok_or(DropReason::RuleGone),
+        None => table.find(ifindex, headers).ok_or(DropReason::NoRule),
+    }
 }

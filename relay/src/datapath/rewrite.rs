@@ -10,12 +10,35 @@ use crate::wire::mac;
 use crate::wire::parse::{ETHERNET_LEN, Headers, TAG_LEN, UDP_LEN};
 
 /// What [`inspect`] found out: the part of a packet's checksums that is the same for all outputs.
+/// One word, that stays in a register: of three fields, written in parts, the whole was read before it had left the store buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Checked {
-    /// The right UDP checksum of the packet as it came; `None`: the sender sent none (IPv4 only), and so do we.
-    pub udp_checksum: Option<u16>,
+pub struct Checked(u32);
+
+/// Bits of a [`Checked`] above the checksum.
+const HAS_CHECKSUM: u32 = 1 << 16;
+const FINISHED: u32 = 1 << 17;
+
+impl Checked {
+    /// The sender sent no checksum (IPv4 only), and neither do we.
+    pub const NONE: Self = Self(0);
+
+    /// The right UDP checksum of the packet as it came.
+    #[inline]
+    const fn right(checksum: u16) -> Self {
+        Self(HAS_CHECKSUM | checksum as u32)
+    }
+
+    /// The right UDP checksum of the packet as it came; `None`: it has none.
+    #[inline]
+    pub const fn udp_checksum(self) -> Option<u16> {
+        if self.0 & HAS_CHECKSUM != 0 { Some(self.0 as u16) } else { None }
+    }
+
     /// The packet came with the pseudo-header sum only (CHECKSUM_PARTIAL), and [`inspect`] finished it.
-    pub finished: bool,
+    #[inline]
+    pub const fn finished(self) -> bool {
+        self.0 & FINISHED != 0
+    }
 }
 
 /// Verifies source and checksums of a packet. `fragments`: all its pieces in order, the first as it was parsed.
@@ -32,7 +55,7 @@ pub fn inspect(headers: &Headers, fragments: &[&[u8]]) -> Result<Checked, DropRe
         return Err(DropReason::MulticastSource);
     }
     match (headers.udp_checksum, headers.family) {
-        (0, 4) => Ok(Checked { udp_checksum: None, finished: false }),
+        (0, 4) => Ok(Checked::NONE),
         (0, _) => Err(DropReason::BadUdpChecksum),
         (found, _) => check_udp(headers, fragments, found),
     }
@@ -56,8 +79,8 @@ fn check_udp(headers: &Headers, fragments: &[&[u8]], found: u16) -> Result<Check
     add_udp(&mut sum, headers, fragments).ok_or(DropReason::Malformed)?;
     let right = udp_sent(!sum.folded());
     match found {
-        found if found == right => Ok(Checked { udp_checksum: Some(right), finished: false }),
-        found if found == fold(pseudo) => Ok(Checked { udp_checksum: Some(right), finished: true }),
+        found if found == right => Ok(Checked::right(right)),
+        found if found == fold(pseudo) => Ok(Checked(Checked::right(right).0 | FINISHED)),
         _ => Err(DropReason::BadUdpChecksum),
     }
 }
@@ -87,7 +110,7 @@ pub fn rewrite(
     offset: &mut u32,
     len: &mut u32,
     headers: &Headers,
-    checked: &Checked,
+    checked: Checked,
     edit: &Edit,
 ) -> Result<(), OutputDropReason> {
     let ttl = admits(headers, edit)?;
@@ -138,7 +161,6 @@ const fn new_tags(headers: &Headers, edit: &Edit) -> usize {
 struct New {
     src: [u8; 16],
     dst: [u8; 16],
-    dst_mac: mac::Mac,
     sport: u16,
     dport: u16,
     traffic_class: u8,
@@ -149,11 +171,9 @@ impl New {
     #[inline]
     fn of(headers: &Headers, edit: &Edit, ttl: u8) -> Self {
         let set = |flag: u16| edit.flags & flag != 0;
-        let dst = if set(SET_DST) { edit.dst } else { headers.dst };
         Self {
             src: if set(SET_SRC) { edit.src } else { headers.src },
-            dst,
-            dst_mac: if set(SET_DST_MAC) { edit.dst_mac } else { mac::group(headers.family, &dst) },
+            dst: if set(SET_DST) { edit.dst } else { headers.dst },
             sport: if set(SET_SPORT) { edit.sport } else { headers.sport },
             dport: if set(SET_DPORT) { edit.dport } else { headers.dport },
             traffic_class: if set(SET_DSCP) { edit.dscp << 2 | headers.traffic_class & 3 } else { headers.traffic_class },
@@ -231,8 +251,8 @@ impl Deltas {
 /// Makes a header that [`rewrite`] wrote for a packet that of the next one, which differs in nothing but identification and
 /// checksums. Both are `original.len()` bytes: untagged, without options, up to the payload.
 #[inline]
-pub fn renew(header: &mut [u8], original: &[u8], checked: &Checked, deltas: &Deltas) {
-    let udp = checked.udp_checksum.map_or(0, |sum| udp_sent(deltas.udp.apply(sum)));
+pub fn renew(header: &mut [u8], original: &[u8], checked: Checked, deltas: &Deltas) {
+    let udp = checked.udp_checksum().map_or(0, |sum| udp_sent(deltas.udp.apply(sum)));
     if let (Some(ip), Some(from)) = (header.get_mut(18..26), original.get(18..26).filter(|_| original.len() == 42)) {
         let sum = deltas.ip.apply(u16::from_be_bytes([from[6], from[7]])).to_be_bytes();
         [ip[0], ip[1], ip[6], ip[7]] = [from[0], from[1], sum[0], sum[1]];
@@ -243,8 +263,8 @@ pub fn renew(header: &mut [u8], original: &[u8], checked: &Checked, deltas: &Del
 }
 
 #[inline]
-fn write_ipv4(views: Views<'_, 20>, headers: &Headers, checked: &Checked, edit: &Edit, new: &New) {
-    write_link(views.macs, views.tag, edit, new, [0x08, 0x00]);
+fn write_ipv4(views: Views<'_, 20>, headers: &Headers, checked: Checked, edit: &Edit, new: &New) {
+    write_link(views.macs, views.tag, edit, mac::group(4, &new.dst), [0x08, 0x00]);
     let ip = views.ip;
     let deltas = new.deltas4(headers);
     let sum = deltas.ip.apply(u16::from_be_bytes([ip[10], ip[11]])).to_be_bytes();
@@ -257,8 +277,8 @@ fn write_ipv4(views: Views<'_, 20>, headers: &Headers, checked: &Checked, edit: 
 }
 
 #[inline]
-fn write_ipv6(views: Views<'_, 40>, headers: &Headers, checked: &Checked, edit: &Edit, new: &New) {
-    write_link(views.macs, views.tag, edit, new, [0x86, 0xdd]);
+fn write_ipv6(views: Views<'_, 40>, headers: &Headers, checked: Checked, edit: &Edit, new: &New) {
+    write_link(views.macs, views.tag, edit, mac::group(6, &new.dst), [0x86, 0xdd]);
     let udp = new.deltas6(headers).udp;
     let ip = views.ip;
     ip[0] = 0x60 | new.traffic_class >> 4;
@@ -272,10 +292,11 @@ fn write_ipv6(views: Views<'_, 40>, headers: &Headers, checked: &Checked, edit: 
     write_udp(views.udp, checked, new, udp);
 }
 
-/// MAC addresses always; the tag (802.1Q, priority 0) where the edit sets one. The EtherType before the IP header stays.
+/// MAC addresses always, that of the group unless the edit sets one; the tag (802.1Q, priority 0) where the edit sets one. The
+/// EtherType before the IP header stays.
 #[inline]
-fn write_link(macs: &mut [u8; 12], tag: Option<&mut [u8; 6]>, edit: &Edit, new: &New, ethertype: [u8; 2]) {
-    let (d, s) = (new.dst_mac, edit.src_mac);
+fn write_link(macs: &mut [u8; 12], tag: Option<&mut [u8; 6]>, edit: &Edit, group: mac::Mac, ethertype: [u8; 2]) {
+    let (d, s) = (if edit.flags & SET_DST_MAC != 0 { edit.dst_mac } else { group }, edit.src_mac);
     *macs = [d[0], d[1], d[2], d[3], d[4], d[5], s[0], s[1], s[2], s[3], s[4], s[5]];
     if let (VLAN_SET, Some(tag)) = (edit.vlan_mode, tag) {
         let id = (edit.vlan & 0x0fff).to_be_bytes();
@@ -284,8 +305,8 @@ fn write_link(macs: &mut [u8; 12], tag: Option<&mut [u8; 6]>, edit: &Edit, new: 
 }
 
 #[inline]
-fn write_udp(udp: &mut [u8; UDP_LEN], checked: &Checked, new: &New, delta: Delta) {
-    let sum = checked.udp_checksum.map_or(0, |sum| udp_sent(delta.apply(sum)));
+fn write_udp(udp: &mut [u8; UDP_LEN], checked: Checked, new: &New, delta: Delta) {
+    let sum = checked.udp_checksum().map_or(0, |sum| udp_sent(delta.apply(sum)));
     [udp[0], udp[1]] = new.sport.to_be_bytes();
     [udp[2], udp[3]] = new.dport.to_be_bytes();
     [udp[6], udp[7]] = sum.to_be_bytes();

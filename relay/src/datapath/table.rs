@@ -80,9 +80,13 @@ impl RulePlan {
     }
 }
 
-/// Whether two addresses agree in their first `len` bits.
+/// Whether two addresses agree in their first `len` bits. IPv4's four bytes are looked at alone, as the parser has just written them.
 #[inline]
 fn prefix_equal(a: &[u8; 16], b: &[u8; 16], len: u8) -> bool {
+    if len <= 32 {
+        let first = |address: &[u8; 16]| u32::from_be_bytes([address[0], address[1], address[2], address[3]]);
+        return u32::from(len) <= (first(a) ^ first(b)).leading_zeros();
+    }
     let difference = u128::from_be_bytes(*a) ^ u128::from_be_bytes(*b);
     u32::from(len) <= difference.leading_zeros()
 }

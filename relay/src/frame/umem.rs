@@ -3,7 +3,7 @@
 //! The only place where UMEM bytes are reached by pointer. Must never hand out bytes of a frame without its token.
 #![expect(unsafe_code, reason = "UMEM memory is shared with the kernel and other processes and is reached by pointer")]
 
-use super::{FRAME_SIZE, RawDesc};
+use super::{FRAME_SIZE, RawDesc, UMEM_HEADROOM};
 use crate::sys::Mapping;
 
 /// Ownership of one frame of the UMEM. Not Copy, not Clone: moving it is moving the frame.
@@ -124,14 +124,14 @@ impl Umem {
         unsafe { std::slice::from_raw_parts_mut(first, len) }
     }
 
-    /// Asks the processor to fetch the cache lines of a packet's headers, and of what stands right before them. The NIC's
-    /// side has written them on another core; asked for together, the misses of a batch overlap instead of adding up.
+    /// Asks the processor to fetch the first cache lines of a packet, from what stands right before it on. The NIC's side has
+    /// written them on another core; asked for together, the misses of a batch overlap instead of adding up.
     #[inline]
     pub fn prefetch(&self, desc: RawDesc) {
         #[cfg(target_arch = "x86_64")]
-        for line in 0..3 {
+        for line in 0..(desc.len.saturating_add(UMEM_HEADROOM)).div_ceil(64).min(3) as usize {
             use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            let at = (desc.addr as usize).saturating_sub(64).saturating_add(line * 64);
+            let at = (desc.addr as usize).saturating_sub(UMEM_HEADROOM as usize).saturating_add(line * 64);
             if at < self.mapping.len() {
                 // SAFETY: at lies inside the mapping, as just checked.
                 let address = unsafe { self.mapping.as_ptr().add(at) };

@@ -114,8 +114,8 @@ fn get_into<T>(fd: &impl AsFd, option: i32, value: &mut T) -> Result<(), Errno> 
     Errno::result(result).map(drop)
 }
 
-/// Registers the UMEM at `address` (`frame_size` a power of two). Pins its pages: CAP_IPC_LOCK or a large RLIMIT_MEMLOCK.
-pub fn register_umem(fd: &impl AsFd, address: *mut u8, len: usize, frame_size: u32) -> Result<(), Errno> {
+/// Registers the UMEM at `address` (`frame_size` a power of two); packets are received `headroom` bytes behind the kernel's own 256. Pins its pages: CAP_IPC_LOCK or a large RLIMIT_MEMLOCK.
+pub fn register_umem(fd: &impl AsFd, address: *mut u8, len: usize, frame_size: u32, headroom: u32) -> Result<(), Errno> {
     /// `struct xdp_umem_reg` up to `flags` (the kernel accepts the older, shorter forms).
     #[repr(C)]
     struct UmemReg {
@@ -129,7 +129,7 @@ pub fn register_umem(fd: &impl AsFd, address: *mut u8, len: usize, frame_size: u
     set(
         fd,
         libc::XDP_UMEM_REG,
-        &UmemReg { addr: address as u64, len: len as u64, chunk_size: frame_size, headroom: 0, flags: 0, tx_metadata_len: 0 },
+        &UmemReg { addr: address as u64, len: len as u64, chunk_size: frame_size, headroom, flags: 0, tx_metadata_len: 0 },
     )
 }
 

@@ -15,29 +15,31 @@ pub const fn fold(sum: u64) -> u16 {
 
 /// Sum of one slice as if it started at an even offset; a last odd byte is the high half of a word.
 ///
-/// Adds native 64-bit words (any byte order gives the same sum up to a swap, RFC 1071 §2 (B)) in four lanes that keep
-/// their carries, so that the additions don't wait for each other: five times as fast as one lane on 1,400 bytes.
+/// Adds native 32-bit words (any byte order gives the same sum up to a swap, RFC 1071 §2 (B)) in lanes of 64 bits that no length a
+/// `usize` can have of packets fills, so that nothing waits for a carry. The last bytes are added as they are: written together
+/// into a word first, they were read before they had left the store buffer, which cost more than all of an IPv4 header's words.
 #[inline]
 fn slice_sum(bytes: &[u8]) -> u16 {
-    let (blocks, tail) = bytes.as_chunks::<32>();
-    let mut lanes = [0u128; 4];
-    for block in blocks {
-        for (lane, word) in lanes.iter_mut().zip(block.as_chunks::<8>().0) {
-            *lane += u128::from(u64::from_ne_bytes(*word));
-        }
+    let (words, mut rest) = bytes.as_chunks::<8>();
+    let mut lanes = [0u64; 2];
+    for word in words {
+        let word = u64::from_ne_bytes(*word);
+        lanes[0] += word & 0xffff_ffff;
+        lanes[1] += word >> 32;
     }
-    let (words, rest) = tail.as_chunks::<8>();
-    for (lane, word) in lanes.iter_mut().zip(words) {
-        *lane += u128::from(u64::from_ne_bytes(*word));
+    let mut sum = lanes[0] + lanes[1];
+    if let Some((four, behind)) = rest.split_first_chunk::<4>() {
+        sum += u64::from(u32::from_ne_bytes(*four));
+        rest = behind;
     }
-    let mut last = [0; 8];
-    for (to, from) in last.iter_mut().zip(rest) {
-        *to = *from;
+    if let Some((two, behind)) = rest.split_first_chunk::<2>() {
+        sum += u64::from(u16::from_ne_bytes(*two));
+        rest = behind;
     }
-    let sum = lanes.iter().sum::<u128>() + u128::from(u64::from_ne_bytes(last));
-    // 2^64 is 1 in this arithmetic, so the carries are added where the sum began; then no carry can get lost in `fold`.
-    let low = sum as u64;
-    u16::from_be(fold((low & 0xffff_ffff) + (low >> 32) + (sum >> 64) as u64))
+    if let [last] = rest {
+        sum += u64::from(u16::from_ne_bytes([*last, 0]));
+    }
+    u16::from_be(fold(sum))
 }
 
 /// A sum over consecutive pieces of one message.

@@ -101,17 +101,26 @@ pub struct Headers {
 /// Every header must lie in `first`.
 #[inline]
 pub fn parse(first: &[u8], packet_len: usize) -> Result<Headers, ParseVerdict> {
+    let mut headers = Headers::default();
+    parse_into(first, packet_len, &mut headers)?;
+    Ok(headers)
+}
+
+/// The same, where the headers are to stay: moved as a whole right after they were written one by one, they would be read before
+/// they have left the store buffer. On an error `headers` says nothing.
+#[inline]
+pub fn parse_into(first: &[u8], packet_len: usize, headers: &mut Headers) -> Result<(), ParseVerdict> {
     let link = parse_link(first)?;
     let ip = first.get(link.l3_offset..).unwrap_or_default();
     let room = packet_len.saturating_sub(link.l3_offset);
-    let mut headers = Headers { tag: link.tag, tag_count: link.tag_count, l3_offset: link.l3_offset as u16, ..Headers::default() };
+    (headers.tag, headers.tag_count, headers.l3_offset) = (link.tag, link.tag_count, link.l3_offset as u16);
     match link.ethertype {
-        ETHERTYPE_IPV4 => parse_ipv4(ip, room, &mut headers)?,
-        ETHERTYPE_IPV6 => parse_ipv6(ip, room, &mut headers)?,
+        ETHERTYPE_IPV4 => parse_ipv4(ip, room, headers)?,
+        ETHERTYPE_IPV6 => parse_ipv6(ip, room, headers)?,
         _ => return Err(ParseVerdict::NotIp),
     }
     headers.l4_offset = headers.l3_offset + u16::from(headers.ip_header_len);
-    Ok(headers)
+    Ok(())
 }
 
 struct Link {

@@ -72,7 +72,7 @@ impl Hand<'_> {
         let frames = if self.pool.len() < if in_place { 1 } else { 2 } { Err(OutputDropReason::NoFrame) } else { Ok(()) };
         let mut takers = 0u64;
         for (number, output) in chosen(rule, outputs) {
-            let fate = self.admit(output, 2).and(frames).and_then(|()| admits(&parsed.headers, &output.edit).map(drop));
+            let fate = self.admit(output, 2).and(frames).and_then(|()| admits(parsed.headers, &output.edit).map(drop));
             takers |= u64::from(fate.is_ok()) << number;
             self.count(output, parsed, fragments, fate);
         }
@@ -135,7 +135,7 @@ impl Default for Templates {
 
 impl Key {
     #[inline]
-    fn of(head: &BundleHead, packet: &[u8], checked: &Checked) -> Self {
+    fn of(head: &BundleHead, packet: &[u8], checked: Checked) -> Self {
         let mut original = [0; 64];
         if let Some(to) = original.get_mut(..packet.len()) {
             to.copy_from_slice(packet);
@@ -145,7 +145,7 @@ impl Key {
         if packet.len() == 42 {
             [original[18], original[19], original[24], original[25]] = [0; 4];
         }
-        original[63] = u8::from(checked.udp_checksum.is_some());
+        original[63] = u8::from(checked.udp_checksum().is_some());
         Self { head: *head, original }
     }
 
@@ -162,7 +162,7 @@ impl Templates {
     fn write(&mut self, rule: &RulePlan, head: &BundleHead, parsed: &Parsed<'_>, bytes: &mut [u8]) {
         let header_len = head.header_len as usize;
         let Some(original) = parsed.head.get(..header_len) else { return };
-        let key = Key::of(head, original, &parsed.checked);
+        let key = Key::of(head, original, parsed.checked);
         let Some(template) = self.0.get_mut(key.place()) else { return };
         if template.key != key {
             template.fill(rule, key, parsed, original);
@@ -172,7 +172,7 @@ impl Templates {
         }
         for (at, deltas) in template.deltas.iter().enumerate().take(head.count as usize) {
             if let Some(header) = header_mut(bytes, at, header_len) {
-                renew(header, original, &parsed.checked, deltas);
+                renew(header, original, parsed.checked, deltas);
             }
         }
     }
@@ -185,9 +185,9 @@ impl Template {
         for (at, (_, output)) in chosen(rule, key.head.outputs).enumerate() {
             let (Some(header), Some(deltas)) = (place(bytes, at, original.len(), output.slot), deltas.get_mut(at)) else { continue };
             header.copy_from_slice(original);
-            let written = rewrite(header, &mut 0, &mut (original.len() as u32), &parsed.headers, &parsed.checked, &output.edit);
+            let written = rewrite(header, &mut 0, &mut (original.len() as u32), parsed.headers, parsed.checked, &output.edit);
             debug_assert!(written.is_ok(), "the output takes the packet");
-            *deltas = Deltas::of(&parsed.headers, &output.edit, admits(&parsed.headers, &output.edit).unwrap_or_default());
+            *deltas = Deltas::of(parsed.headers, &output.edit, admits(parsed.headers, &output.edit).unwrap_or_default());
         }
         self.key = key;
     }
@@ -274,13 +274,13 @@ mod tests {
                 let count = takers.count_ones() as usize;
                 let head = BundleHead { outputs: takers, rule: [3, 4, 1], count: count as u32, header_len: header_len as u32, zero: 0 };
                 let mut bytes = vec![0xee; bundle_len(count, header_len)];
-                let parsed = Parsed { headers, checked, head: &packet[..header_len], len: packet.len() as u64 };
+                let parsed = Parsed { headers: &headers, checked, head: &packet[..header_len], len: packet.len() as u64 };
                 templates.write(&rule, &head, &parsed, &mut bytes);
                 let bundle = crate::frame::bundle::Bundle::read(&bytes).unwrap();
                 for (at, (_, output)) in chosen(&rule, takers).enumerate() {
                     let mut whole = packet.clone();
                     let mut len = whole.len() as u32;
-                    rewrite(&mut whole, &mut 0, &mut len, &headers, &checked, &output.edit).unwrap();
+                    rewrite(&mut whole, &mut 0, &mut len, &headers, checked, &output.edit).unwrap();
                     assert_eq!(bundle.header(at), Some((output.slot, &whole[..header_len])), "packet {number}, output {at}");
                     let headers = parse(&whole, whole.len()).unwrap();
                     assert!(inspect(&headers, &[&whole]).is_ok());

@@ -36,7 +36,7 @@ impl Framed {
 
     fn rewrite(&mut self, edit: &Edit) -> Result<(), OutputDropReason> {
         let checked = self.inspect().unwrap();
-        rewrite(&mut self.frame, &mut self.offset, &mut self.len, &self.headers, &checked, edit)
+        rewrite(&mut self.frame, &mut self.offset, &mut self.len, &self.headers, checked, edit)
     }
 
     /// The rewritten packet's headers, after everything that can be verified has been.
@@ -142,7 +142,7 @@ fn unfinished_checksums_are_finished_once() {
         assert!(!checksums_hold(packet.bytes(), &packet.headers));
         let checked = packet.inspect().unwrap();
         let whole = Framed::new(&Spec { partial: false, ..spec }, ROOM).headers.udp_checksum;
-        assert_eq!(checked, Checked { udp_checksum: Some(whole), finished: true });
+        assert_eq!((checked.udp_checksum(), checked.finished()), (Some(whole), true));
         packet.rewrite(&edit()).unwrap();
         packet.verified();
     }
@@ -185,8 +185,8 @@ fn a_packet_shorter_than_parsed_is_malformed() {
     let mut short = Framed::new(&Spec::v4(), ROOM);
     let before = short.frame.clone();
     short.len = 41;
-    let checked = Checked { udp_checksum: None, finished: false };
-    let result = rewrite(&mut short.frame, &mut short.offset, &mut short.len, &short.headers, &checked, &edit());
+    let checked = Checked::NONE;
+    let result = rewrite(&mut short.frame, &mut short.offset, &mut short.len, &short.headers, checked, &edit());
     assert_eq!((result, short.frame == before), (Err(OutputDropReason::NoHeadroom), true));
 }
 

@@ -2,10 +2,10 @@
 //!
 //! One layout for both engines, so that the packet's first byte lies at [`HEADROOM`] as it does on AF_XDP:
 //! ```text
-//! 190 io_uring_recvmsg_out (16)   written by io_uring only
-//! 206 control data (40)           cmsghdr + struct tpacket_auxdata (linux/if_packet.h)
-//! 246 struct virtio_net_hdr (10)  PACKET_VNET_HDR: tells super-frames from packets
-//! 256 Ethernet header …           at most FRAME_CAPACITY bytes
+//! 206 io_uring_recvmsg_out (16)   written by io_uring only
+//! 222 control data (40)           cmsghdr + struct tpacket_auxdata (linux/if_packet.h)
+//! 262 struct virtio_net_hdr (10)  PACKET_VNET_HDR: tells super-frames from packets
+//! 272 Ethernet header …           at most FRAME_CAPACITY bytes
 //! ```
 //! A tag that the kernel took off is put back: 12 bytes of addresses move 4 down, into the control data (which is read by then).
 //! Must never make a system call.

@@ -2,7 +2,7 @@
 //!
 //! Must never read or write a ring: from the bind on, the rings belong to the worker.
 
-use crate::frame::{FRAME_SIZE, Umem};
+use crate::frame::{FRAME_SIZE, UMEM_HEADROOM, Umem};
 use crate::sys::xdp::{self, BindFlags, Ring};
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
@@ -71,7 +71,7 @@ pub fn create(umem: &Umem, spec: SocketSpec, first: Option<&OwnedFd>) -> Result<
     let failed = |step: &'static str| move |errno: Errno| PortError::Step { ifindex, queue, step, errno };
     let fd = xdp::socket().map_err(failed("socket"))?;
     if first.is_none() {
-        xdp::register_umem(&fd, umem.as_ptr(), umem.len(), FRAME_SIZE)
+        xdp::register_umem(&fd, umem.as_ptr(), umem.len(), FRAME_SIZE, UMEM_HEADROOM)
             .map_err(failed("register the UMEM (RLIMIT_MEMLOCK, CAP_IPC_LOCK)"))?;
     }
     for (ring, size) in [(Ring::Fill, sizes.fill), (Ring::Completion, sizes.completion), (Ring::Rx, sizes.rx), (Ring::Tx, sizes.tx)] {

@@ -6,7 +6,7 @@
 use super::create::RingSizes;
 use super::rings::{KernelRing, RingMapError};
 use super::sending::Sending;
-use crate::frame::{CONTINUES, Frame, HEADROOM, MAX_FRAGMENTS, Pool, RawDesc, Umem};
+use crate::frame::{CONTINUES, Frame, HEADROOM, MAX_FRAGMENTS, Pool, RawDesc, UMEM_HEADROOM, Umem};
 use crate::nic::{BATCH_DESCS, BATCH_LEN, Batch, Fragment, Hint, Kick, Packet, Receive, ReceiveCounters, Refusal, Transmit};
 use crate::ring::cursor;
 use crate::sys::xdp::{self, Ring};
@@ -374,3 +374,4 @@ impl Transmit for XskTransmit {
 
 /// Where received data starts at least; a smaller offset would leave no room for tags.
 const _: () = assert!(HEADROOM as usize >= size_of::<RedirectMeta>() + 8);
+const _: () = assert!(UMEM_HEADROOM as usize >= size_of::<RedirectMeta>());
