@@ -4,13 +4,16 @@
 //! again (SO_TIMESTAMPNS) when the stack of the receiving interface gets it: `k1` behind the relay, and, for row `wire`, `r0` with no relay at all. Every 2^n-th datagram is kept, in a socket that is read only
 //! after the run. What is reported of a path is each percentile of sender → `k1` minus the median of sender → `r0`: the time from
 //! the arrival at the relay's interface to the arrival at the sink's, its veth pair included. The jitter of sender and wire is not
-//! taken off, so p99 and p99.9 are upper bounds; row `wire` says how much of it there is, and is not corrected itself.
+//! taken off, so p99 and p99.9 are upper bounds; row `wire` says how much of it there is, and is not corrected itself. While that row
+//! is measured, a thread on the relay's CPU looks at the clock and does nothing else: how long the machine lets it stand still is
+//! said below the table, for no relay can be faster there.
 //!
 //! Must never take a stamp inside the relay, and never read a sample while packets flow.
 
-use super::report::{PREEMPTED_PER_SECOND, Report, Row, keeps_pace, machine, median, sorted};
+use super::report::{CpuStops, PREEMPTED_PER_SECOND, Report, Row, keeps_pace, machine, median, sorted};
 use super::{Place, program};
 use crate::lab::arms::{Arm, GROUP, Running};
+use crate::lab::clock::Stops;
 use crate::lab::error::{LabError, Result};
 use crate::lab::generator::{Generator, SEQUENCE_AT, STAMP_AT, received, sink_drops};
 use crate::lab::payload::STAMPED_LEN;
@@ -67,6 +70,8 @@ struct Run {
     sink_drops: u64,
     /// Sender → stack, ns.
     times: Histogram<u64>,
+    /// The relay's CPU, where it was free.
+    stops: Option<Stops>,
 }
 
 /// All rounds of all rows.
@@ -88,9 +93,16 @@ pub fn measure(args: &LatencyArgs) -> Result<Report> {
     report.ping_pong_ns.push(args.place.ping_pong_ns()?);
     let wire = row(args, None, &runs, 0.0).ok_or_else(|| LabError::Invalid(report.errors.join("; ")))?;
     let wire_p50 = wire.p50_us.unwrap_or(0.0);
+    report.cpu = Some(cpu_stops(args.place.cpus, &runs));
     report.rows = arms.into_iter().filter_map(|arm| row(args, arm, &runs, if arm.is_some() { wire_p50 } else { 0.0 })).collect();
     report.preempted = report.rows.iter().any(|row| row.preempted);
     Ok(report)
+}
+
+fn cpu_stops(cpu: usize, runs: &[Run]) -> CpuStops {
+    let mut all = Stops::default();
+    runs.iter().filter_map(|run| run.stops.as_ref()).for_each(|stops| all.add(stops));
+    CpuStops { cpu, share: all.share(), p99_us: all.wait_ns(0.99) / 1e3, p999_us: all.wait_ns(0.999) / 1e3 }
 }
 
 fn name(arm: Option<Arm>) -> &'static str {
@@ -128,7 +140,12 @@ fn run(lab: &Lab, generator: &mut Generator, args: &LatencyArgs, arm: Option<Arm
     let switches = || running.as_ref().and_then(Running::preemptions).unwrap_or(0);
     std::thread::sleep(SETTLE);
     let (before, drops, preemptions) = (received(namespace, iface)?, sink_drops(lab)?, switches());
-    let sent = generator.paced(lab, args.place.generator_cpu, args.rate, args.duration)?;
+    let (sent, stops) = std::thread::scope(|scope| {
+        let watch = arm.is_none().then(|| scope.spawn(|| Stops::watch(args.place.cpus, args.duration)));
+        let sent = generator.paced(lab, args.place.generator_cpu, args.rate, args.duration);
+        (sent, watch.map(|watch| watch.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))))
+    });
+    let (sent, stops) = (sent?, stops.transpose()?);
     std::thread::sleep(SETTLE);
     Ok(Run {
         arm,
@@ -137,6 +154,7 @@ fn run(lab: &Lab, generator: &mut Generator, args: &LatencyArgs, arm: Option<Arm
         preemptions: switches().saturating_sub(preemptions),
         sink_drops: sink_drops(lab)? - drops,
         times: read(&sampler)?,
+        stops,
     })
 }
 
@@ -222,7 +240,7 @@ mod tests {
     fn run(arm: Option<Arm>, times: impl IntoIterator<Item = u64>) -> Run {
         let mut histogram = Histogram::new_with_bounds(1, 60_000_000_000, 3).unwrap();
         times.into_iter().for_each(|ns| histogram.saturating_record(ns));
-        Run { arm, sent: 1_000_000, delivered: 999_000, preemptions: 0, sink_drops: 0, times: histogram }
+        Run { arm, sent: 1_000_000, delivered: 999_000, preemptions: 0, sink_drops: 0, times: histogram, stops: None }
     }
 
     #[test]

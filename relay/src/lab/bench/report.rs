@@ -40,6 +40,9 @@ pub struct Report {
     pub preempted: bool,
     /// Round trip of a cache line between the two CPUs, before and after.
     pub ping_pong_ns: Vec<f64>,
+    /// What the relay's CPU alone adds to every latency, if that was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<CpuStops>,
     /// One a path and load.
     pub rows: Vec<Row>,
     /// Rows that could not run: what and why.
@@ -47,6 +50,19 @@ pub struct Report {
     /// What `--gate` asks for, and what was measured.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub bars: Vec<Bar>,
+}
+
+/// How much of its time a CPU stood still with nothing but a look at the clock to do, and what a packet waits for that, µs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CpuStops {
+    /// Its number.
+    pub cpu: usize,
+    /// Share of the time.
+    pub share: f64,
+    /// 99 % of the packets wait no longer.
+    pub p99_us: f64,
+    /// 99.9 %.
+    pub p999_us: f64,
 }
 
 /// Where the figures come from.
@@ -304,13 +320,17 @@ fn micros(value: Option<f64>) -> String {
     value.map_or("-".into(), |us| format!("{us:.2}"))
 }
 
-/// Ping-pong and machine.
+/// The relay's CPU, ping-pong and machine.
 fn conditions(report: &Report) -> String {
+    let stops = report.cpu.map_or_else(String::new, |CpuStops { cpu, share, p99_us, p999_us }| {
+        let share = share * 100.0;
+        format!("CPU {cpu} alone stood still for {share:.2} % of the time: p99 {p99_us:.2}, p99.9 {p999_us:.2} µs of any latency there\n")
+    });
     let worst = report.ping_pong_ns.iter().copied().fold(0.0, f64::max);
     let slow = if worst > SLOW_PING_PONG_NS { " (slow state: absolute figures are not comparable)" } else { "" };
     let ping_pong: Vec<String> = report.ping_pong_ns.iter().map(|ns| format!("{ns:.0}")).collect();
     let Machine { kernel, cpu, cpus, device } = &report.machine;
-    format!("ping-pong {} ns{slow}\n{cpu} · {kernel} · {cpus} CPUs · {device}", ping_pong.join("/"))
+    format!("{stops}ping-pong {} ns{slow}\n{cpu} · {kernel} · {cpus} CPUs · {device}", ping_pong.join("/"))
 }
 
 fn notes(row: &Row) -> String {
