@@ -20,6 +20,9 @@ pub(super) fn header_of(umem: &Umem, packet: &Packet) -> SavedHeader {
     let mut saved = [0; SAVED_LEN];
     if let Some(first) = packet.fragments.first() {
         let bytes = umem.bytes(&first.frame, first.offset, first.len.min(SAVED_LEN as u32));
+        if let Some(whole) = bytes.first_chunk::<SAVED_LEN>() {
+            return *whole;
+        }
         if let Some(to) = saved.get_mut(..bytes.len()) {
             to.copy_from_slice(bytes);
         }
