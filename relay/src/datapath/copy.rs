@@ -20,6 +20,7 @@ pub(super) fn header_of(umem: &Umem, packet: &Packet) -> SavedHeader {
     let mut saved = [0; SAVED_LEN];
     if let Some(first) = packet.fragments.first() {
         let bytes = umem.bytes(&first.frame, first.offset, first.len.min(SAVED_LEN as u32));
+        // Nearly always; of a known length it is a copy without a call.
         if let Some(whole) = bytes.first_chunk::<SAVED_LEN>() {
             return *whole;
         }

@@ -10,7 +10,8 @@ use crate::wire::mac;
 use crate::wire::parse::{ETHERNET_LEN, Headers, TAG_LEN, UDP_LEN};
 
 /// What [`inspect`] found out: the part of a packet's checksums that is the same for all outputs.
-/// One word, that stays in a register: of three fields, written in parts, the whole was read before it had left the store buffer.
+/// One word, which stays in a register: as separate fields it was written in parts and read as a whole before they had left the
+/// store buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Checked(u32);
 
@@ -22,10 +23,10 @@ impl Checked {
     /// The sender sent no checksum (IPv4 only), and neither do we.
     pub const NONE: Self = Self(0);
 
-    /// The right UDP checksum of the packet as it came.
+    /// The right UDP checksum of the packet as it came; `finished`: by [`inspect`].
     #[inline]
-    const fn right(checksum: u16) -> Self {
-        Self(HAS_CHECKSUM | checksum as u32)
+    const fn right(checksum: u16, finished: bool) -> Self {
+        Self(HAS_CHECKSUM | checksum as u32 | if finished { FINISHED } else { 0 })
     }
 
     /// The right UDP checksum of the packet as it came; `None`: it has none.
@@ -79,8 +80,8 @@ fn check_udp(headers: &Headers, fragments: &[&[u8]], found: u16) -> Result<Check
     add_udp(&mut sum, headers, fragments).ok_or(DropReason::Malformed)?;
     let right = udp_sent(!sum.folded());
     match found {
-        found if found == right => Ok(Checked::right(right)),
-        found if found == fold(pseudo) => Ok(Checked(Checked::right(right).0 | FINISHED)),
+        found if found == right => Ok(Checked::right(right, false)),
+        found if found == fold(pseudo) => Ok(Checked::right(right, true)),
         _ => Err(DropReason::BadUdpChecksum),
     }
 }

@@ -114,7 +114,8 @@ fn get_into<T>(fd: &impl AsFd, option: i32, value: &mut T) -> Result<(), Errno> 
     Errno::result(result).map(drop)
 }
 
-/// Registers the UMEM at `address` (`frame_size` a power of two); packets are received `headroom` bytes behind the kernel's own 256. Pins its pages: CAP_IPC_LOCK or a large RLIMIT_MEMLOCK.
+/// Registers the UMEM at `address` (`frame_size` a power of two); packets are received `headroom` bytes behind the kernel's own
+/// 256. Pins its pages: CAP_IPC_LOCK or a large RLIMIT_MEMLOCK.
 pub fn register_umem(fd: &impl AsFd, address: *mut u8, len: usize, frame_size: u32, headroom: u32) -> Result<(), Errno> {
     /// `struct xdp_umem_reg` up to `flags` (the kernel accepts the older, shorter forms).
     #[repr(C)]

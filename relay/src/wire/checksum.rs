@@ -15,8 +15,8 @@ pub const fn fold(sum: u64) -> u16 {
 
 /// Sum of one slice as if it started at an even offset; a last odd byte is the high half of a word.
 ///
-/// Adds native 32-bit words (any byte order gives the same sum up to a swap, RFC 1071 §2 (B)) in lanes of 64 bits that no length a
-/// `usize` can have of packets fills, so that nothing waits for a carry. The last bytes are added as they are: written together
+/// Adds native 32-bit words (any byte order gives the same sum up to a swap, RFC 1071 §2 (B)) in lanes of 64 bits, which 2^32 of them
+/// don't fill, so that nothing waits for a carry. The last bytes are added as they are: written together
 /// into a word first, they were read before they had left the store buffer, which cost more than all of an IPv4 header's words.
 #[inline]
 fn slice_sum(bytes: &[u8]) -> u16 {

@@ -374,4 +374,5 @@ impl Transmit for XskTransmit {
 
 /// Where received data starts at least; a smaller offset would leave no room for tags.
 const _: () = assert!(HEADROOM as usize >= size_of::<RedirectMeta>() + 8);
+/// What the XDP program says of a packet stands in the cache line of its headers.
 const _: () = assert!(UMEM_HEADROOM as usize >= size_of::<RedirectMeta>());
